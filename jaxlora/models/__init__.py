@@ -1,0 +1,1 @@
+"""F2: what a transformer is. The only floor that imports Flax."""

@@ -1,0 +1,1 @@
+"""F1: pure functions on arrays and weight leaves."""

@@ -32,8 +32,9 @@ class QuantizedArray:
     Attributes:
       values: int4 and int8: ``[..., in, out]`` signed integers. nf4: ``[..., out, in / 2]`` uint8,
         two codes a byte, first element in the high nibble (bitsandbytes' bytes in its order).
-      scales: int4: ``[..., in / group, out]``. int8: ``[..., 1, out]``. nf4: ``[..., out, in / 64]``
-        when 64 divides ``in``, else one scale per 64 elements of the flattened matrix.
+      scales: int4: ``[..., in / group, out]``. int8: ``[..., 1, out]``.
+        nf4: ``[..., out, in / 64]`` when 64 divides ``in``, else one scale per 64
+        elements of the flattened matrix.
       format: ``"int4"``, ``"nf4"`` or ``"int8"``.
       dtype: name of the dtype it stands for, e.g. ``"bfloat16"``.
       gathered: sharding of values and scales just before they are dequantized, so that the

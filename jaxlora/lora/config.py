@@ -1,0 +1,53 @@
+"""What a LoRA adapter is, in PEFT's words."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from jaxlora.core.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """The options of an adapter; names and meaning are PEFT's ``LoraConfig``.
+
+    Attributes:
+      r: rank, >= 1.
+      alpha: scale numerator; the update is ``alpha / r * B A`` (``alpha / sqrt(r)`` with rsLoRA).
+      dropout: probability in [0, 1) of dropping an input of the low-rank path while training.
+      target_modules: suffixes of module paths, or one regular expression for whole paths, or
+        ``"all-linear"``.
+      exclude_modules: the same rules, for what to leave out.
+      layers_to_transform: layer numbers; empty means all.
+      rank_pattern, alpha_pattern: r or alpha by module-path pattern, first match wins.
+      use_rslora: rank-stabilised scale (Kalajdzievski 2023).
+      use_dora: weight-decomposed LoRA (Liu et al. 2024).
+
+    Raises:
+      UserError: a value out of range.
+    """
+
+    r: int = 8
+    alpha: float = 8.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] | str = "all-linear"
+    exclude_modules: tuple[str, ...] | str = ()
+    layers_to_transform: tuple[int, ...] = ()
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+
+    def __post_init__(self):
+        for r in (self.r, *self.rank_pattern.values()):
+            if r < 1:
+                raise UserError(f"lora_r: {r} is not a rank; expected 1 or more.")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"lora_dropout: {self.dropout} is out of range; expected 0 <= p < 1.")
+
+    def scale(self, rank: int, alpha: float) -> float:
+        """Returns what multiplies ``B A``.
+
+        >>> LoraConfig().scale(16, 32), LoraConfig(use_rslora=True).scale(16, 32)
+        (2.0, 8.0)
+        """
+        return alpha / rank**0.5 if self.use_rslora else alpha / rank

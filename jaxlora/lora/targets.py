@@ -1,0 +1,175 @@
+"""Which weights get an adapter: PEFT's matching rules over module paths."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jaxlora.core.errors import UserError, did_you_mean
+from jaxlora.core.tree import flatten
+from jaxlora.lora.config import LoraConfig
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """One weight leaf that gets an adapter.
+
+    A stacked leaf holds one matrix per layer; layers the rule leaves out have rank 0. All layers
+    share arrays of the largest rank: the surplus columns start at zero and, having a zero partner
+    on the other side, never get a gradient.
+
+    Attributes:
+      modules: module path of each layer, one path if not stacked.
+      ranks: rank in each layer, 0 where the rule does not match.
+      scales: what multiplies ``a @ b`` in each layer.
+      stacked: whether the leaf has a leading layer axis.
+      dropout: dropout probability of the low-rank path.
+      dora: whether a magnitude vector is trained too.
+      in_axes: leading axes (after the layer axis) of the leaf that are contracted with the input.
+    """
+
+    modules: tuple[str, ...]
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+    stacked: bool
+    dropout: float = 0.0
+    dora: bool = False
+    in_axes: int = 1
+
+    @property
+    def rank(self) -> int:
+        """Largest rank over the layers, the size of the arrays."""
+        return max(self.ranks)
+
+
+def match(
+    modules: Mapping[str, Sequence[str]], config: LoraConfig, stacked: Iterable[str] = ()
+) -> dict[str, Target]:
+    """Returns the target of every leaf of which `config` selects at least one layer.
+
+    Args:
+      modules: ``{leaf path: module path of each layer}`` of the weights that may be adapted.
+      config: the rules.
+      stacked: leaf paths with a leading layer axis.
+
+    Raises:
+      UserError: a rule that matches nothing, naming the nearest module.
+
+    >>> targets = match({"wq": ["h.0.q_proj", "h.1.q_proj"], "wo": ["h.0.o_proj", "h.1.o_proj"]},
+    ...     LoraConfig(r=4, target_modules=("q_proj",)), stacked=["wq", "wo"])
+    >>> {path: target.ranks for path, target in targets.items()}
+    {'wq': (4, 4)}
+    """
+    every = [module for names in modules.values() for module in names]
+    _refuse_unmatched(every, config)
+    stacked = set(stacked)
+    targets = {}
+    for path, names in modules.items():
+        ranks = tuple(
+            _by_pattern(config.rank_pattern, name, config.r) if _selected(name, config) else 0
+            for name in names
+        )
+        if not any(ranks):
+            continue
+        scales = tuple(
+            config.scale(rank, _by_pattern(config.alpha_pattern, name, config.alpha))
+            if rank
+            else 0.0
+            for name, rank in zip(names, ranks, strict=True)
+        )
+        targets[path] = Target(
+            tuple(names), ranks, scales, path in stacked, config.dropout, config.use_dora
+        )
+    if not targets:
+        raise UserError("lora_target_modules: every matching module is excluded; nothing to train.")
+    return targets
+
+
+def targets_of_tree(
+    params: Mapping[str, Any], config: LoraConfig, *, in_axes: Mapping[str, int] | None = None
+) -> dict[str, Target]:
+    """Returns targets in a third-party tree of nested dicts, whatever library made it.
+
+    A leaf with two axes or more may be adapted (``"all-linear"`` takes those with exactly two that
+    are not embeddings); its module path is its keys joined by dots, less a last ``kernel``,
+    ``weight`` or ``embedding``.
+
+    Args:
+      params: nested dict of arrays.
+      config: the rules, over those module paths.
+      in_axes: for kernels that contract more than their first axis (an attention output
+        projection ``[heads, head_dim, embed]`` contracts 2), how many, by module-path suffix.
+    """
+    modules = {}
+    for path, leaf in flatten(params).items():
+        *parents, last = path.split("/")
+        axes = getattr(leaf, "ndim", 0)
+        linear = axes == 2 and last != "embedding"
+        if linear or (axes >= 2 and config.target_modules != ALL_LINEAR):
+            named = parents if last in ("kernel", "weight", "embedding") else [*parents, last]
+            modules[path] = [".".join(named)]
+    targets = match(modules, config)
+    for suffix, count in (in_axes or {}).items():
+        for path, target in targets.items():
+            if _is_suffix(suffix, target.modules[0]):
+                targets[path] = dataclasses.replace(target, in_axes=count)
+    return targets
+
+
+def _selected(module: str, config: LoraConfig) -> bool:
+    if config.exclude_modules and _matches(config.exclude_modules, module):
+        return False
+    if config.layers_to_transform:
+        number = re.search(r"\.(\d+)\.", module)
+        if number is None or int(number[1]) not in config.layers_to_transform:
+            return False
+    return _matches(config.target_modules, module)
+
+
+def _matches(rule: tuple[str, ...] | str, module: str) -> bool:
+    if rule == ALL_LINEAR:
+        return True
+    if isinstance(rule, str):
+        return re.fullmatch(rule, module) is not None
+    return any(_is_suffix(suffix, module) for suffix in rule)
+
+
+def _is_suffix(suffix: str, module: str) -> bool:
+    return module == suffix or module.endswith("." + suffix)
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    for pattern, value in patterns.items():
+        if re.match(rf"^(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _refuse_unmatched(modules: Sequence[str], config: LoraConfig) -> None:
+    leaves = sorted({module.rpartition(".")[2] for module in modules})
+    known = ", ".join(leaves)
+    rule = config.target_modules
+    if isinstance(rule, str):
+        try:
+            if any(_matches(rule, module) for module in modules):
+                return
+        except re.error as error:
+            raise UserError(
+                f"lora_target_modules: bad regular expression {rule!r}: {error}."
+            ) from None
+        raise UserError(
+            f"lora_target_modules: regular expression {rule!r} matches no module path such as "
+            f"{modules[0]!r}; modules: {known}."
+        )
+    for suffix in rule:
+        if not any(_is_suffix(suffix, module) for module in modules):
+            raise UserError(
+                f"lora_target_modules: {suffix!r} matches no module."
+                f"{did_you_mean(suffix.rpartition('.')[2], leaves)} Modules: {known}."
+            )
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, name):
+            if not any(re.match(rf"^(.*\.)?({pattern})$", module) for module in modules):
+                raise UserError(f"{name}: {pattern!r} matches no module; modules: {known}.")

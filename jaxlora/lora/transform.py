@@ -1,0 +1,159 @@
+"""`init`, `apply`, `merge`, `unmerge`, `count`: pure functions between trees and adapters.
+
+An adapter is ``{leaf path: {"a": [.., in, R], "b": [.., R, out]}}``, plus ``"magnitude"`` for
+DoRA, all float32. The weights it belongs to stay as they are.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, UInt32
+
+from jaxlora.core.tree import Tree, flatten, replace
+from jaxlora.lora.targets import Target
+from jaxlora.ops.arrays import LoraArray
+from jaxlora.ops.matmul import materialize
+
+Adapter = dict[str, dict[str, jax.Array]]
+
+
+def init(params: Mapping[str, Any], targets: Mapping[str, Target], key: jax.Array) -> Adapter:
+    """Returns a fresh adapter: A as in PEFT (Kaiming uniform, a = sqrt 5), B zero: no change yet.
+
+    Args:
+      params: weights, or arrays of the same shapes; read only for DoRA's magnitudes.
+      targets: from `jaxlora.lora.match`.
+      key: typed PRNG key.
+    """
+    leaves = flatten(params)
+    keys = jax.random.split(key, len(targets))
+    return {
+        path: _init_leaf(leaves[path], target, leaf_key)
+        for (path, target), leaf_key in zip(sorted(targets.items()), keys, strict=True)
+    }
+
+
+def _init_leaf(leaf: Any, target: Target, key: jax.Array) -> dict[str, jax.Array]:
+    lead, in_dim, out_dim = _matrix_shape(leaf, target)
+    bound = in_dim**-0.5
+    a = jax.random.uniform(key, (*lead, in_dim, target.rank), jnp.float32, -bound, bound)
+    # Columns beyond a layer's own rank stay zero (see Target).
+    ranks = np.array(target.ranks).reshape((*lead, 1, 1))
+    a = jnp.where(np.arange(target.rank) < ranks, a, 0.0)
+    adapter = {"a": a, "b": jnp.zeros((*lead, target.rank, out_dim), jnp.float32)}
+    if target.dora:
+        base = materialize(leaf, jnp.float32).reshape(*lead, in_dim, out_dim)
+        adapter["magnitude"] = jnp.linalg.norm(base, axis=-2)
+    return adapter
+
+
+def _matrix_shape(leaf: Any, target: Target) -> tuple[tuple[int, ...], int, int]:
+    lead = leaf.shape[:1] if target.stacked else ()
+    dims = leaf.shape[len(lead) :]
+    return lead, int(np.prod(dims[: target.in_axes])), int(np.prod(dims[target.in_axes :]))
+
+
+def apply(
+    params: Mapping[str, Any],
+    adapter: Mapping[str, Mapping[str, jax.Array]],
+    targets: Mapping[str, Target],
+    key: UInt32[Array, "2"] | jax.Array | None = None,
+) -> Tree:
+    """Returns `params` with a `LoraArray` wherever the adapter has a pair.
+
+    Args:
+      params: frozen weights, plain or quantized.
+      adapter: from `init`, or loaded.
+      targets: the targets the adapter was made for.
+      key: typed PRNG key of this step's dropout; None switches dropout off.
+    """
+    leaves = flatten(params)
+    keys = {} if key is None else _dropout_keys(targets, key)
+    return replace(
+        params,
+        {
+            path: LoraArray(
+                base=leaves[path],
+                a=pair["a"],
+                b=pair["b"],
+                scale=_scale(targets[path]),
+                magnitude=pair.get("magnitude"),
+                key=keys.get(path),
+                dropout=targets[path].dropout,
+            )
+            for path, pair in adapter.items()
+        },
+    )
+
+
+def _scale(target: Target) -> jax.Array:
+    return jnp.asarray(target.scales if target.stacked else target.scales[0], jnp.float32)
+
+
+def _dropout_keys(targets: Mapping[str, Target], key: jax.Array) -> dict[str, jax.Array]:
+    """Raw keys, one per layer, so that `jax.lax.scan` can slice them like any other leaf."""
+    dropping = sorted(path for path, target in targets.items() if target.dropout > 0)
+    keys = {}
+    for number, path in enumerate(dropping):
+        leaf_key = jax.random.fold_in(key, number)
+        if targets[path].stacked:
+            leaf_key = jax.random.split(leaf_key, len(targets[path].modules))
+        keys[path] = jax.random.key_data(leaf_key)
+    return keys
+
+
+def merge(
+    params: Mapping[str, Any],
+    adapter: Mapping[str, Mapping[str, jax.Array]],
+    targets: Mapping[str, Target],
+) -> Tree:
+    """Returns `params` with the adapter folded in: ``W + scale * A B`` in float32, then W's dtype.
+
+    Quantized leaves that have an adapter come out dequantized; leaves without stay as they are.
+    """
+    leaves = flatten(params)
+    return replace(
+        params,
+        {
+            path: materialize(
+                _as_matrices(leaves[path], pair, targets[path]), leaves[path].dtype
+            ).reshape(leaves[path].shape)
+            for path, pair in adapter.items()
+        },
+    )
+
+
+def unmerge(
+    params: Mapping[str, Any],
+    adapter: Mapping[str, Mapping[str, jax.Array]],
+    targets: Mapping[str, Target],
+) -> Tree:
+    """Returns the weights before `merge`, to rounding: subtracts the low-rank product again.
+
+    Raises:
+      ValueError: DoRA rescales columns, which a merged weight no longer tells apart.
+    """
+    if any("magnitude" in pair for pair in adapter.values()):
+        raise ValueError("a DoRA adapter cannot be unmerged; keep the base weights")
+    negated = {path: {**pair, "b": -pair["b"]} for path, pair in adapter.items()}
+    return merge(params, negated, targets)
+
+
+def _as_matrices(leaf: Any, pair: Mapping[str, jax.Array], target: Target) -> LoraArray:
+    lead, in_dim, out_dim = _matrix_shape(leaf, target)
+    base = leaf if leaf.ndim == len(lead) + 2 else leaf.reshape(*lead, in_dim, out_dim)
+    return LoraArray(base, pair["a"], pair["b"], _scale(target), pair.get("magnitude"))
+
+
+def count(targets: Mapping[str, Target], adapter: Mapping[str, Mapping[str, Any]]) -> int:
+    """Returns how many adapter parameters train, not counting the padding of mixed ranks."""
+    total = 0
+    for path, pair in adapter.items():
+        in_dim, out_dim = pair["a"].shape[-2], pair["b"].shape[-1]
+        magnitude = out_dim if "magnitude" in pair else 0
+        for rank in targets[path].ranks:
+            total += rank * (in_dim + out_dim) + (magnitude if rank else 0)
+    return total

@@ -1,0 +1,48 @@
+"""Cross-entropy over a large vocabulary without ever holding all the logits."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def chunked_cross_entropy(
+    logits_of: Callable[[Float[Array, "B C D"]], Float[Array, "B C V"]],
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    *,
+    chunk_tokens: int = 1024,
+) -> Float[Array, ""]:
+    """Returns the weighted SUM of token losses in nats; the caller divides by the sum of weights.
+
+    Positions are cut into chunks of about `chunk_tokens` tokens (over the whole batch), each
+    chunk's logits are recomputed in the backward pass, so ``[B, T, V]`` never exists.
+
+    Args:
+      logits_of: maps hidden states to float32 logits.
+      hidden: last hidden states.
+      targets: token ids to predict; any valid id where the weight is 0.
+      weights: 1.0 where the target counts, else 0.0.
+      chunk_tokens: tokens per chunk, >= 1.
+    """
+    batch, length, _ = hidden.shape
+    chunk = min(length, max(1, chunk_tokens // batch))
+    num_chunks = -(-length // chunk)
+    padding = num_chunks * chunk - length
+
+    def cut(x):  # [B, T, ...] -> [chunks, B, C, ...]; the batch axis stays whole for its sharding
+        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(batch, num_chunks, chunk, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def add_chunk(total, chunk_of):
+        hidden_chunk, target, weight = chunk_of
+        logits = logits_of(hidden_chunk)
+        picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+        token_loss = jax.nn.logsumexp(logits, axis=-1) - picked
+        return total + jnp.sum(token_loss * weight), None
+
+    chunks = (cut(hidden), cut(targets), cut(weights))
+    return jax.lax.scan(add_chunk, jnp.zeros((), jnp.float32), chunks)[0]
