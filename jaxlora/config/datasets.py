@@ -1,0 +1,165 @@
+"""The nested mappings of a configuration: data sets, special tokens, mesh, bitsandbytes options."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from jaxlora.config.values import Flag, Section, Text, Whole
+
+_TYPE_ALIASES = {"chat_template.default": "chat_template"}
+_TYPE_HINTS = {
+    "sharegpt": "use type: chat_template with field_messages: conversations and "
+    "message_property_mappings: {role: from, content: value}",
+    "pretrain": "use type: completion",
+}
+
+
+def _dataset_type(value: Any) -> Any:
+    name = str(value).split(":")[0].split(".")[0]
+    if name in _TYPE_HINTS:
+        raise ValueError(f"{value} is not supported: {_TYPE_HINTS[name]}")
+    return _TYPE_ALIASES.get(value, value) if isinstance(value, str) else value
+
+
+class PromptFormat(Section):
+    """A `type` spelled out, for data with a column of questions and one of answers."""
+
+    field_instruction: Text = "instruction"
+    """Column with the question."""
+    field_output: Text = "output"
+    """Column with the answer."""
+    field_input: Text | None = None
+    """Column with more context."""
+    field_system: Text | None = None
+    """Column with a system prompt."""
+    system_prompt: str = ""
+    """System prompt of rows without one."""
+    system_format: str = "{system}"
+    """How the system prompt is written."""
+    format: str = "{instruction} {input}"
+    """The prompt."""
+    no_input_format: str | None = None
+    """The prompt of a row without context; null: as `format`."""
+
+
+class DatasetConfig(Section):
+    """One entry of `datasets` or `test_datasets`."""
+
+    path: Text
+    """Local file or folder, or a hub id."""
+    type: Annotated[
+        Literal["alpaca", "chat_template", "completion", "input_output"] | PromptFormat,
+        BeforeValidator(_dataset_type),
+    ]
+    """How a row becomes a prompt and a response."""
+    split: Text = "train"
+    """Split of a hub data set."""
+    name: Text | None = None
+    """Configuration name of a hub data set."""
+    revision: Text | None = None
+    """Branch, tag or commit of a hub data set."""
+    data_files: Text | tuple[Text, ...] | None = None
+    """File or files inside `path` to read."""
+    ds_type: Literal["json", "csv", "parquet", "text"] | None = None
+    """Accepted and not used: the suffix of a file tells its format."""
+    field: Text = "text"
+    """Column with the text (`completion`)."""
+    field_messages: Text = "messages"
+    """Column with the conversation (`chat_template`)."""
+    message_property_mappings: dict[str, str] = Field(
+        default_factory=lambda: {"role": "role", "content": "content"}
+    )
+    """Names of a message's properties in the data."""
+    roles: dict[str, tuple[str, ...]] = Field(
+        default_factory=lambda: {
+            "system": ("system",),
+            "user": ("user", "human"),
+            "assistant": ("assistant", "gpt"),
+            "tool": ("tool",),
+        }
+    )
+    """Role of the template: the names it has in the data."""
+    roles_to_train: tuple[str, ...] = ("assistant",)
+    """Roles whose turns are trained."""
+    train_on_eos: Literal["all", "turn", "last", "none"] = "turn"
+    """Which end-of-turn tokens are trained: all, of trained turns, the last, none."""
+    chat_template: Text | None = None
+    """Chat template of this data set; the top-level one otherwise."""
+    chat_template_jinja: Text | None = None
+    """Jinja text or file, with `chat_template: jinja`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fold_legacy_message_fields(cls, raw: Any) -> Any:
+        """Reads `message_field_role: from` as `message_property_mappings: {role: from}`."""
+        if not isinstance(raw, dict):
+            return raw
+        raw = dict(raw)
+        for name in ("role", "content"):
+            column = raw.pop(f"message_field_{name}", None)
+            if column is not None:
+                mappings = raw.get("message_property_mappings") or {}
+                raw["message_property_mappings"] = {name: column, **mappings}
+        return raw
+
+
+class SpecialTokens(Section):
+    """Replaces special tokens of the tokenizer."""
+
+    bos_token: Text | None = None
+    """Beginning of a sequence."""
+    eos_token: Text | None = None
+    """End of a sequence; trained at the end of every response."""
+    pad_token: Text | None = None
+    """Fills a row up; never trained."""
+    unk_token: Text | None = None
+    """Stands for what the tokenizer does not know."""
+
+
+AxisSize = Annotated[Whole, Field(ge=-1, le=1_000_000)]
+
+
+class MeshConfig(Section):
+    """Devices on each axis; -1 takes the devices that are left.
+
+    >>> MeshConfig(fsdp=4)
+    MeshConfig(data=-1, fsdp=4, tensor=1)
+    """
+
+    data: AxisSize = 1
+    """Copies of the weights, each with its own rows."""
+    fsdp: AxisSize = -1
+    """Devices that share the weights and split the rows."""
+    tensor: AxisSize = 1
+    """Devices that split every matrix."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _an_unnamed_axis_takes_the_rest(cls, raw: Any) -> Any:
+        """Gives the devices that are left to fsdp, else to data, unless an axis asks for them."""
+        if not isinstance(raw, dict) or -1 in raw.values():
+            return {"fsdp": 1, **raw} if isinstance(raw, dict) else raw
+        free = next((axis for axis in ("fsdp", "data") if raw.get(axis) is None), None)
+        return {**raw, free: -1} if free else raw
+
+    @model_validator(mode="after")
+    def _at_most_one_axis_takes_the_rest(self) -> "MeshConfig":
+        sizes = (self.data, self.fsdp, self.tensor)
+        if 0 in sizes:
+            raise ValueError("an axis has 0 devices; use 1 for an unused axis")
+        if sizes.count(-1) > 1:
+            raise ValueError("only one axis may be -1 (the devices that are left)")
+        return self
+
+
+class BnbConfig(Section):
+    """bitsandbytes' options that change the stored weights; the compute dtype follows `bf16`."""
+
+    bnb_4bit_quant_type: Literal["nf4"] = "nf4"
+    """4-bit code."""
+    bnb_4bit_use_double_quant: Flag = True
+    """Quantize the block scales too."""
+    bnb_4bit_compute_dtype: Text | None = None
+    """Accepted and not used: `bf16` sets the compute dtype."""
+    bnb_4bit_quant_storage: Text | None = None
+    """Accepted and not used: codes are stored as bytes."""

@@ -1,0 +1,63 @@
+"""One line for each key that was read as something else, or has no effect."""
+
+from collections.abc import Iterator
+
+from jaxlora.config import derived
+from jaxlora.config.keys import MAPPED, NO_OP, is_live
+from jaxlora.config.schema import Config
+
+
+def notes(config: Config) -> list[str]:
+    """Returns what the user should know of the keys of the file; nothing here is an error."""
+    topics = (_foreign, _data, _training, _adapter, _quantization)
+    return [line for topic in topics for line in topic(config)]
+
+
+def _foreign(config: Config) -> Iterator[str]:
+    for key, value in config.foreign.items():
+        if key in MAPPED:
+            yield f"{key}: read as {'.'.join(MAPPED[key])}"
+        elif key in NO_OP and is_live(key, value):
+            yield f"{key}: no effect: {NO_OP[key]}"
+
+
+def _data(config: Config) -> Iterator[str]:
+    for key in ("datasets", "test_datasets"):
+        for i, entry in enumerate(getattr(config, key)):
+            if entry.ds_type is not None:
+                yield f"{key}[{i}].ds_type: no effect: the suffix of a file tells its format"
+
+
+def _training(config: Config) -> Iterator[str]:
+    name, canonical = config.optimizer, derived.optimizer(config)
+    if any(bits in name for bits in ("4bit", "8bit", "fp8")):
+        yield f"optimizer: {name} is read as {canonical}; its states are kept in float32"
+    elif "paged" in name:
+        yield f"optimizer: {name} is read as {canonical}; its states stay on the device"
+    if str(config.gradient_checkpointing).startswith("offload"):
+        yield "gradient_checkpointing: read as remat: full; nothing is offloaded"
+    if config.resume_from_checkpoint and config.auto_resume_from_checkpoints:
+        yield "auto_resume_from_checkpoints: no effect: resume_from_checkpoint decides"
+
+
+def _adapter(config: Config) -> Iterator[str]:
+    if config.adapter is None:
+        for key in sorted(config.model_fields_set):
+            if key.startswith(("lora_", "peft_")) and getattr(config, key):
+                yield f"{key}: no effect: adapter is not set"
+    elif config.lora_target_linear and config.lora_target_modules:
+        yield "lora_target_modules: no effect: lora_target_linear adapts every linear layer"
+    elif derived.lora_targets(config) == derived.DEFAULT_TARGETS != config.lora_target_modules:
+        yield "lora_target_modules: not set, so q_proj and v_proj, PEFT's default"
+
+
+def _quantization(config: Config) -> Iterator[str]:
+    options, plan = config.bnb_config_kwargs, derived.quantization(config)
+    if options.bnb_4bit_compute_dtype is not None:
+        yield "bnb_config_kwargs.bnb_4bit_compute_dtype: no effect: bf16 sets the compute dtype"
+    if options.bnb_4bit_quant_storage is not None:
+        yield "bnb_config_kwargs.bnb_4bit_quant_storage: no effect: codes are stored as bytes"
+    if "bnb_4bit_use_double_quant" in options.model_fields_set and (
+        plan is None or plan.format != "nf4"
+    ):
+        yield "bnb_config_kwargs.bnb_4bit_use_double_quant: no effect: the base is not nf4"

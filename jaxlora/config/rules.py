@@ -1,0 +1,176 @@
+"""Rules between keys (Axolotl's validation); each yields the problems it finds."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+from jaxlora.config import derived
+from jaxlora.config.schema import Config
+from jaxlora.core.errors import did_you_mean
+
+Path = tuple[str | int, ...]
+
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A mistake in the file: `path` of the key, what is wrong, and the other keys it concerns."""
+
+    path: Path
+    text: str
+    others: tuple[str, ...] = ()
+
+
+def problems(config: Config) -> list[Problem]:
+    """Returns every broken rule, in the order of the rules."""
+    rules = (_data, _templates, _held_out, _cadence, _batch, _length, _adapter, _quantization)
+    return [problem for rule in (*rules, _training) for problem in rule(config)]
+
+
+def _data(config: Config) -> Iterator[Problem]:
+    if not config.datasets:
+        yield Problem(("datasets",), "at least one entry {path: ..., type: ...} is required")
+    if config.val_set_size > 1 and config.val_set_size != int(config.val_set_size):
+        yield Problem(("val_set_size",), "expected a share below 1 or a whole number of rows")
+    if config.val_set_size and config.test_datasets:
+        text = "set it or test_datasets, not both"
+        yield Problem(("val_set_size",), text, ("test_datasets",))
+
+
+def _templates(config: Config) -> Iterator[Problem]:
+    entries = [((), config)]
+    entries += [(("datasets", i), entry) for i, entry in enumerate(config.datasets)]
+    entries += [(("test_datasets", i), entry) for i, entry in enumerate(config.test_datasets)]
+    for path, entry in entries:
+        name, text = entry.chat_template, entry.chat_template_jinja
+        if name == "jinja" and text is None:
+            problem = "jinja needs chat_template_jinja, a template or the path of one"
+            yield Problem((*path, "chat_template"), problem, ("chat_template_jinja",))
+        if text is not None and name not in (None, "jinja"):
+            problem = f"set chat_template: jinja with it, not {name}"
+            yield Problem((*path, "chat_template_jinja"), problem, ("chat_template",))
+
+
+def _held_out(config: Config) -> Iterator[Problem]:
+    held_out = ("val_set_size", "test_datasets")
+    if not derived.has_held_out(config):
+        asked = {
+            "evals_per_epoch": config.evals_per_epoch,
+            "eval_steps": config.eval_steps,
+            "eval_strategy": config.eval_strategy not in (None, "no"),
+            "eval_exact_match": config.eval_exact_match,
+        }
+        for key in (key for key, value in asked.items() if value):
+            if config.eval_strategy != "no" or key == "eval_exact_match":
+                text = "there is no held-out data; set val_set_size or test_datasets"
+                yield Problem((key,), text, held_out)
+    elif config.eval_exact_match:
+        sets = config.test_datasets or config.datasets
+        if sets and all(entry.type == "completion" for entry in sets):
+            text = "data of type completion has no prompts to answer"
+            yield Problem(("eval_exact_match",), text, ("datasets", "test_datasets"))
+
+
+def _cadence(config: Config) -> Iterator[Problem]:
+    for verb in ("save", "eval"):
+        steps, per_epoch = getattr(config, f"{verb}_steps"), getattr(config, f"{verb}s_per_epoch")
+        strategy = getattr(config, f"{verb}_strategy")
+        if steps and per_epoch:
+            text = f"set it or {verb}s_per_epoch, not both"
+            yield Problem((f"{verb}_steps",), text, (f"{verb}s_per_epoch",))
+        if steps is not None and steps > 1 and steps != int(steps):
+            text = f"expected a whole number or a share of the run below 1, not {steps}"
+            yield Problem((f"{verb}_steps",), text)
+        if strategy in ("epoch", "no") and (steps or per_epoch):
+            key = f"{verb}_steps" if steps else f"{verb}s_per_epoch"
+            text = f"{strategy} contradicts {key}; remove one of them"
+            yield Problem((f"{verb}_strategy",), text, (key,))
+        if strategy == "steps" and not (steps or per_epoch):
+            text = f"steps needs {verb}_steps or {verb}s_per_epoch"
+            others = (f"{verb}_steps", f"{verb}s_per_epoch")
+            yield Problem((f"{verb}_strategy",), text, others)
+
+
+def _batch(config: Config) -> Iterator[Problem]:
+    if config.batch_size is None:
+        return
+    if config.gradient_accumulation_steps is not None:
+        text = "set it or gradient_accumulation_steps, not both"
+        yield Problem(("batch_size",), text, ("gradient_accumulation_steps",))
+    if config.batch_size % config.micro_batch_size:
+        text = (
+            f"{config.batch_size} is not a multiple of micro_batch_size {config.micro_batch_size}"
+        )
+        yield Problem(("batch_size",), text, ("micro_batch_size",))
+
+
+def _length(config: Config) -> Iterator[Problem]:
+    if config.warmup_steps is not None and config.warmup_ratio is not None:
+        yield Problem(("warmup_steps",), "set it or warmup_ratio, not both", ("warmup_ratio",))
+    if config.cosine_min_lr_ratio is not None and config.lr_scheduler != "cosine":
+        text = f"it needs lr_scheduler: cosine, not {config.lr_scheduler}"
+        yield Problem(("cosine_min_lr_ratio",), text, ("lr_scheduler",))
+
+
+def _adapter(config: Config) -> Iterator[Problem]:
+    if config.adapter is None:
+        if config.lora_model_dir is not None:
+            yield Problem(("lora_model_dir",), "it needs adapter: lora or qlora", ("adapter",))
+        return
+    for key, common in (("lora_r", 16), ("lora_alpha", 32)):
+        if getattr(config, key) is None:
+            text = f"required with adapter: {config.adapter}; {common} is a common value"
+            yield Problem((key,), text, ("adapter",))
+    if config.reinit_weights:
+        text = "an adapter on random weights learns nothing; remove adapter or reinit_weights"
+        yield Problem(("reinit_weights",), text, ("adapter",))
+    targets = config.lora_target_modules
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            yield Problem(("lora_target_modules",), f"not a regular expression: {error}")
+    plain = targets is None or targets == "all-linear" or set(targets) <= set(_PROJECTIONS)
+    if config.lora_target_linear and not plain:
+        text = "set it or lora_target_linear, not both"
+        yield Problem(("lora_target_modules",), text, ("lora_target_linear",))
+
+
+def _quantization(config: Config) -> Iterator[Problem]:
+    wanted = [key for key in ("load_in_4bit", "load_in_8bit") if getattr(config, key)]
+    if len(wanted) == 2:
+        yield Problem(("load_in_8bit",), "set it or load_in_4bit, not both", ("load_in_4bit",))
+        return
+    storage = config.quantization
+    if storage is not None and wanted and (storage == "int8") != (wanted == ["load_in_8bit"]):
+        yield Problem(("quantization",), f"{storage} contradicts {wanted[0]}", tuple(wanted))
+        return
+    plan = derived.quantization(config)
+    if plan is None and config.adapter == "qlora":
+        text = "qlora needs load_in_4bit: true, or quantization: int4 or nf4"
+        yield Problem(("adapter",), text, ("load_in_4bit", "quantization"))
+    if plan is None:
+        return
+    key = "quantization" if storage is not None else wanted[0]
+    if config.adapter is None:
+        text = "a quantized base cannot be trained itself; set adapter: qlora or lora"
+        yield Problem((key,), text, ("adapter",))
+    if config.adapter == "qlora" and plan.format == "int8":
+        yield Problem(("adapter",), "qlora is 4-bit; use adapter: lora with int8", (key,))
+    given = "bnb_4bit_quant_type" in config.bnb_config_kwargs.model_fields_set
+    if given and plan.format == "int4":
+        text = "bnb_4bit_quant_type contradicts quantization: int4"
+        yield Problem(("bnb_config_kwargs",), text, ("quantization",))
+
+
+def _training(config: Config) -> Iterator[Problem]:
+    if derived.canonical_optimizer(config.optimizer) is None:
+        known = ", ".join(derived.OPTIMIZERS)
+        near = did_you_mean(config.optimizer, derived.OPTIMIZERS)
+        yield Problem(("optimizer",), f"{config.optimizer} is not available; known: {known}.{near}")
+    checkpoints = config.gradient_checkpointing
+    given = "gradient_checkpointing" in config.model_fields_set
+    if given and config.remat is not None and bool(checkpoints) == (config.remat == "none"):
+        text = f"{config.remat} contradicts gradient_checkpointing: {str(checkpoints).lower()}"
+        yield Problem(("remat",), text, ("gradient_checkpointing",))

@@ -1,0 +1,208 @@
+"""The top-level keys by subject, with Axolotl's names, defaults and meanings.
+
+Each class is one heading of docs/configuration.md; `jaxlora.config.schema.Config` is their union.
+Keys marked (jaxlora) are ours; all others are Axolotl's.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from jaxlora.config.datasets import BnbConfig, DatasetConfig, MeshConfig, SpecialTokens
+from jaxlora.config.values import (
+    Count,
+    Flag,
+    Natural,
+    NotNegative,
+    OpenShare,
+    Positive,
+    Section,
+    Share,
+    Size,
+    Strategy,
+    Text,
+    Whole,
+)
+
+
+class ModelKeys(Section):
+    """Model and tokenizer"""
+
+    base_model: Text
+    """Folder or hub id of the model to fine-tune."""
+    base_model_config: Text | None = None
+    """Folder or hub id of its config.json; `base_model` otherwise."""
+    tokenizer_config: Text | None = None
+    """Folder or hub id of its tokenizer; `base_model` otherwise."""
+    revision_of_model: Text | None = None
+    """Branch, tag or commit of a hub model."""
+    special_tokens: SpecialTokens = Field(default_factory=SpecialTokens)
+    """Replaces special tokens of the tokenizer."""
+    reinit_weights: Flag = False
+    """Trains from random weights; only the configuration of `base_model` is read."""
+    bf16: Flag | Literal["auto"] = "auto"
+    """Computes in bfloat16; auto: on GPUs and TPUs."""
+    tf32: Flag | Literal["auto"] = "auto"
+    """Lets float32 products of a GPU use TF32; auto: the compiler's choice."""
+
+
+class AdapterKeys(Section):
+    """Adapter and quantization"""
+
+    adapter: Literal["lora", "qlora"] | None = None
+    """Method; null trains every weight."""
+    lora_r: Size | None = None
+    """Rank of the adapter; required with `adapter`."""
+    lora_alpha: Positive | None = None
+    """The adapter is scaled by alpha / r; required with `adapter`."""
+    lora_dropout: OpenShare = 0.0
+    """Share of the adapter's inputs dropped while training."""
+    lora_target_modules: Text | tuple[Text, ...] | None = None
+    """Names of the linear layers to adapt, or one regular expression for their full names."""
+    lora_target_linear: Flag = False
+    """Adapts every linear layer but the output head."""
+    lora_modules_to_save: tuple[Text, ...] = ()
+    """Layers that are trained whole and saved with the adapter."""
+    lora_model_dir: Text | None = None
+    """Folder of an adapter to start from."""
+    peft_use_rslora: Flag = False
+    """Scales by alpha / sqrt(r) (rsLoRA)."""
+    peft_use_dora: Flag = False
+    """Trains the magnitudes of the columns too (DoRA)."""
+    peft_layers_to_transform: Natural | tuple[Natural, ...] | None = None
+    """Indices of the layers to adapt; null: all."""
+    load_in_4bit: Flag = False
+    """Stores the frozen base as nf4, scales double quantized."""
+    load_in_8bit: Flag = False
+    """Stores the frozen base as int8."""
+    quantization: Literal["int4", "nf4", "int8"] | None = None
+    """(jaxlora) Format of the frozen base; int4 suits TPUs and CPUs."""
+    bnb_config_kwargs: BnbConfig = Field(default_factory=BnbConfig)
+    """Options of nf4."""
+
+
+class DataKeys(Section):
+    """Data"""
+
+    datasets: tuple[DatasetConfig, ...] = ()
+    """Training data; at least one."""
+    test_datasets: tuple[DatasetConfig, ...] = ()
+    """Held-out data, instead of `val_set_size`."""
+    val_set_size: NotNegative = 0.0
+    """Held-out part of `datasets`: a share below 1, or a number of rows."""
+    dataset_prepared_path: Text | None = None
+    """Folder of the token cache; null: last_run_prepared."""
+    shuffle_merged_datasets: Flag = True
+    """Mixes the rows of several data sets."""
+    chat_template: Text | None = None
+    """Name of a chat template, tokenizer_default, jinja, or a file; null: the tokenizer's own."""
+    chat_template_jinja: Text | None = None
+    """Jinja text or file, with `chat_template: jinja`."""
+    eot_tokens: tuple[Text, ...] = ()
+    """Tokens that end a turn of the chat template, where they are not the tokenizer's EOS."""
+    train_on_inputs: Flag = False
+    """Trains the prompts too."""
+    sequence_len: Annotated[Whole, Field(ge=2, le=10_000_000)] = 512
+    """Tokens in a row."""
+    excess_length_strategy: Literal["drop", "truncate", "raise"] = "drop"
+    """What becomes of an example longer than `sequence_len`."""
+    sample_packing: Flag = False
+    """Puts several examples in a row; they do not see each other."""
+    eval_sample_packing: Flag | None = None
+    """The same for evaluation; null: as `sample_packing`."""
+    pad_to_sequence_len: Flag | None = None
+    """Pads every row to `sequence_len`; null: as `sample_packing`."""
+
+
+class TrainingKeys(Section):
+    """Training"""
+
+    micro_batch_size: Size = 1
+    """Rows per device and forward pass."""
+    gradient_accumulation_steps: Size | None = None
+    """Forward passes per step; null: 1, or what `batch_size` asks."""
+    batch_size: Size | None = None
+    """Rows per step on all devices, instead of `gradient_accumulation_steps`."""
+    num_epochs: Positive | None = None
+    """Passes over the data; null: 1, or what `max_steps` asks."""
+    max_steps: Count | None = None
+    """Steps; with `num_epochs`, whichever ends first."""
+    learning_rate: Positive = Field(le=10)
+    """Highest learning rate."""
+    optimizer: Text = "adamw_torch_fused"
+    """Any adamw name, lion, sgd, adafactor or muon."""
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    cosine_min_lr_ratio: Share | None = None
+    """Share of `learning_rate` at which the cosine ends; null: 0."""
+    warmup_steps: Natural | None = None
+    """Steps of linear warm-up; null: 3 % of the run, 100 at most."""
+    warmup_ratio: Share | None = None
+    """The same as a share of the run."""
+    weight_decay: NotNegative = 0.0
+    """Decoupled weight decay."""
+    adam_beta1: OpenShare = 0.9
+    """Decay of the gradient's mean."""
+    adam_beta2: OpenShare = 0.999
+    """Decay of the gradient's square."""
+    adam_epsilon: Positive = 1e-8
+    """Added to the root of the square."""
+    max_grad_norm: NotNegative = 1.0
+    """Longer gradients are clipped to this norm; 0: never."""
+    gradient_checkpointing: Flag | Literal["full", "offload", "offload_disk"] = False
+    """Recomputes activations in the backward pass to save memory."""
+    remat: Literal["none", "full", "attention", "matmuls"] | None = None
+    """(jaxlora) What is recomputed; null: as `gradient_checkpointing`."""
+    mesh: MeshConfig = Field(default_factory=MeshConfig)
+    """(jaxlora) Devices on each axis."""
+    seed: Natural = 42
+    """Seed of the order of the data, the dropout and the new weights."""
+
+
+class RunKeys(Section):
+    """Output, evaluation and logging"""
+
+    output_dir: Text = "./model-out"
+    """Folder of the run."""
+    save_strategy: Strategy | None = None
+    """When to save; no: only at the end."""
+    saves_per_epoch: Natural | None = None
+    """Checkpoints in an epoch; null: 1."""
+    save_steps: Positive | None = None
+    """Steps between checkpoints, or a share of the run below 1."""
+    save_total_limit: Count = 4
+    """Checkpoints kept; older ones are deleted."""
+    eval_strategy: Strategy | None = None
+    """When to evaluate on held-out data."""
+    evals_per_epoch: Natural | None = None
+    """Evaluations in an epoch; null: 1 where there is held-out data."""
+    eval_steps: Positive | None = None
+    """Steps between evaluations, or a share of the run below 1."""
+    eval_batch_size: Size | None = None
+    """Rows per device in evaluation; null: `micro_batch_size`."""
+    eval_exact_match: Flag = False
+    """(jaxlora) Generates answers to held-out prompts before and after, and counts exact ones."""
+    eval_max_new_tokens: Size = 128
+    """Longest generated answer, in tokens."""
+    logging_steps: Count | None = None
+    """Steps between log lines; null: 0.5 % of the run, 1 to 10."""
+    resume_from_checkpoint: Flag | Text | None = None
+    """Checkpoint folder to continue, or true for the newest of `output_dir`."""
+    auto_resume_from_checkpoints: Flag = False
+    """Continues the newest checkpoint of `output_dir` if there is one."""
+    use_wandb: Flag | None = None
+    """Logs to Weights & Biases; null: if `wandb_project` is set."""
+    wandb_project: Text | None = None
+    """Project."""
+    wandb_entity: Text | None = None
+    """User or team."""
+    wandb_name: Text | None = None
+    """Name of the run."""
+    wandb_run_id: Text | None = None
+    """Id of the run."""
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None
+    """Where Weights & Biases writes; null: its own choice."""
+    use_tensorboard: Flag = False
+    """Logs to TensorBoard in `output_dir`."""
+    foreign: dict[str, Any] = Field(default_factory=dict, repr=False)
+    """Keys of the file that jaxlora knows and does not act on, as written."""

@@ -1,0 +1,72 @@
+"""The parts of a `Config` in the words of the lower floors."""
+
+from jaxlora.config import derived
+from jaxlora.config.datasets import DatasetConfig, PromptFormat
+from jaxlora.config.schema import Config
+from jaxlora.data.spec import DataOptions, DatasetSpec
+from jaxlora.lora.config import LoraConfig
+
+
+def lora_config(config: Config) -> LoraConfig | None:
+    """Returns the options of the adapter; None trains every weight."""
+    if config.adapter is None:
+        return None
+    assert config.lora_r is not None, "the rules require it"
+    assert config.lora_alpha is not None, "the rules require it"
+    layers = config.peft_layers_to_transform
+    return LoraConfig(
+        r=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        target_modules=derived.lora_targets(config),
+        layers_to_transform=(layers,) if isinstance(layers, int) else layers or (),
+        use_rslora=config.peft_use_rslora,
+        use_dora=config.peft_use_dora,
+    )
+
+
+def train_specs(config: Config) -> tuple[DatasetSpec, ...]:
+    """Returns the entries of `datasets`."""
+    return tuple(map(_spec, config.datasets))
+
+
+def held_out_specs(config: Config) -> tuple[DatasetSpec, ...]:
+    """Returns the entries of `test_datasets`."""
+    return tuple(map(_spec, config.test_datasets))
+
+
+def data_options(config: Config) -> DataOptions:
+    """Returns how rows become examples."""
+    return DataOptions(
+        sequence_len=config.sequence_len,
+        train_on_inputs=config.train_on_inputs,
+        sample_packing=config.sample_packing,
+        eval_sample_packing=derived.eval_packing(config),
+        val_set_size=config.val_set_size,
+        seed=config.seed,
+        pad_to_sequence_len=derived.pads_to_sequence_len(config),
+        excess_length_strategy=config.excess_length_strategy,
+        dataset_prepared_path=config.dataset_prepared_path,
+        chat_template=config.chat_template_jinja or config.chat_template,
+        eot_tokens=config.eot_tokens,
+        shuffle=config.shuffle_merged_datasets,
+    )
+
+
+def _spec(entry: DatasetConfig) -> DatasetSpec:
+    kind = entry.type
+    return DatasetSpec(
+        path=entry.path,
+        type=kind.model_dump(exclude_none=True) if isinstance(kind, PromptFormat) else kind,
+        split=entry.split,
+        data_files=entry.data_files,
+        name=entry.name,
+        revision=entry.revision,
+        field=entry.field,
+        field_messages=entry.field_messages,
+        message_property_mappings=entry.message_property_mappings,
+        roles=entry.roles,
+        roles_to_train=entry.roles_to_train,
+        train_on_eos=entry.train_on_eos,
+        chat_template=entry.chat_template_jinja or entry.chat_template,
+    )

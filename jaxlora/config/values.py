@@ -1,0 +1,51 @@
+"""What a key may hold: number ranges, text, and the strict base of every section."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+
+def _number(value: Any) -> Any:
+    # Python's bool is an int; "2e-5" in quotes is text that pydantic reads as a float.
+    if isinstance(value, bool):
+        raise PydanticCustomError("bool_for_number", "a number was expected")
+    return value
+
+
+def _text(value: Any) -> Any:
+    # `wandb_name: 7` can only mean "7"; a float is left to fail, since 1.10 has become 1.1.
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _strategy(value: Any) -> Any:
+    # YAML 1.1 reads an unquoted no as false.
+    return "no" if value is False else value
+
+
+Flag = Annotated[bool, Field(strict=True)]
+Text = Annotated[str, BeforeValidator(_text), Field(min_length=1)]
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+OpenShare = Annotated[Number, Field(ge=0, lt=1)]
+Strategy = Annotated[Literal["steps", "epoch", "no"], BeforeValidator(_strategy)]
+Whole = Annotated[int, Field(strict=True)]
+Count = Annotated[Whole, Field(ge=1, le=100_000_000)]
+Natural = Annotated[Whole, Field(ge=0, le=100_000_000)]
+Size = Annotated[Whole, Field(ge=1, le=1_000_000)]
+
+
+class Section(BaseModel):
+    """A mapping of the file: frozen, no unknown key, and a null key means its default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_means_default(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        known = cls.model_fields
+        return {key: value for key, value in raw.items() if value is not None or key not in known}
