@@ -1,0 +1,112 @@
+"""Batch i of a run as numpy arrays: a pure function of the table, the settings, the seed and i."""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jaxlora.core.errors import UserError
+from jaxlora.data.packing import Plan, best_fit, one_each
+from jaxlora.data.table import TokenTable
+
+_ROUND_TO = 64
+
+
+class Batches:
+    """The batches of every epoch, each [accumulation, rows, T].
+
+    T is `sequence_len` with packing or `pad`, else the longest example rounded up to a multiple of
+    64 (one shape, so one compilation). Each epoch holds each example once; the rows that the last
+    batch lacks are empty (segment id 0, weight 0).
+    """
+
+    def __init__(
+        self,
+        table: TokenTable,
+        *,
+        sequence_len: int,
+        rows: int,
+        accumulation: int = 1,
+        packing: bool = False,
+        seed: int = 0,
+        pad_id: int = 0,
+        pad: bool = False,
+        shuffle: bool = True,
+        vocab_size: int | None = None,
+    ) -> None:
+        lengths = table.lengths
+        if not len(table):
+            raise UserError("the data set has no example to train on.")
+        longest = int(lengths.max())
+        if longest > sequence_len:
+            raise UserError(
+                f"an example of the table has {longest} tokens, more than sequence_len "
+                f"{sequence_len}; prepare the data again with this sequence_len."
+            )
+        self.table, self.rows, self.accumulation = table, rows, accumulation
+        self.seed, self.pad_id, self.shuffle, self.vocab_size = seed, pad_id, shuffle, vocab_size
+        rounded = math.ceil(longest / _ROUND_TO) * _ROUND_TO
+        self.length = sequence_len if packing or pad else min(rounded, sequence_len)
+        self.plan: Plan = best_fit(lengths, self.length, seed) if packing else one_each(len(table))
+        self.steps_per_epoch = math.ceil(len(self.plan) / (rows * accumulation))
+        self._order: tuple[int, NDArray[np.int64]] | None = None
+
+    def epoch_of(self, step: int) -> int:
+        """The epoch (from 0) that batch `step` belongs to."""
+        return step // self.steps_per_epoch
+
+    def batch(self, step: int) -> dict[str, NDArray]:
+        """Batch `step` (from 0, over all epochs).
+
+        Returns:
+            tokens, targets (the next token of the same segment, else 0), positions (from 0 in each
+            segment), segment_ids (from 1 in each row, 0 = padding), all int32, and weights float32
+            (1 where the target is trained); each [accumulation, rows, T].
+        """
+        epoch, index = divmod(step, self.steps_per_epoch)
+        size = self.rows * self.accumulation
+        chosen = self._epoch_order(epoch)[index * size : (index + 1) * size]
+        shape = (size, self.length)
+        arrays = {
+            "tokens": np.full(shape, self.pad_id, np.int32),
+            "targets": np.zeros(shape, np.int32),
+            "weights": np.zeros(shape, np.float32),
+            "positions": np.zeros(shape, np.int32),
+            "segment_ids": np.zeros(shape, np.int32),
+        }
+        for row, planned in enumerate(chosen):
+            self._fill({name: array[row] for name, array in arrays.items()}, int(planned))
+        self._check(arrays["tokens"], step)
+        full = (self.accumulation, self.rows, self.length)
+        return {name: array.reshape(full) for name, array in arrays.items()}
+
+    def _fill(self, row: dict[str, NDArray], planned: int) -> None:
+        start = 0
+        for segment, example in enumerate(self.plan[planned], 1):
+            tokens, trained = self.table[int(example)]
+            stop = start + len(tokens)
+            row["tokens"][start:stop] = tokens
+            row["targets"][start : stop - 1] = tokens[1:]
+            row["weights"][start : stop - 1] = trained[1:]
+            row["positions"][start:stop] = np.arange(len(tokens), dtype=np.int32)
+            row["segment_ids"][start:stop] = segment
+            start = stop
+
+    def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
+        if not self.shuffle:
+            return np.arange(len(self.plan), dtype=np.int64)
+        # A batch costs O(batch): the permutation is made once an epoch.
+        if self._order is None or self._order[0] != epoch:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.plan))
+            self._order = (epoch, order)
+        return self._order[1]
+
+    def _check(self, tokens: NDArray[np.int32], step: int) -> None:
+        if self.vocab_size is None:
+            return
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.vocab_size:
+            raise UserError(
+                f"batch {step} holds token id {low if low < 0 else high}, outside the "
+                f"vocabulary of {self.vocab_size}; the data cache is damaged or not this model's."
+            )

@@ -1,0 +1,252 @@
+"""From data set entries to tokens on disk, with an account of every row."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlora.core.errors import UserError
+from jaxlora.data import cache
+from jaxlora.data.chat import Dropped, chat, template_of
+from jaxlora.data.encode import Example, Pieces, Rendered, cut, encode
+from jaxlora.data.prompts import CustomPrompt, alpaca, completion, input_output
+from jaxlora.data.report import Report, SourceReport, TableReport, refuse_nothing, table_report
+from jaxlora.data.sources import digest, rows
+from jaxlora.data.spec import DataOptions, DatasetSpec
+from jaxlora.data.table import TableWriter, TokenTable
+from jaxlora.data.tokenizer import Encoder, template_text, tokenizer_digest
+
+# Rows encoded at once: enough for every core, little enough to hold.
+_CHUNK = 1000
+TOO_LONG, NOTHING_TRAINED, EMPTY = "longer than sequence_len", "no trained token", "empty text"
+
+Draft = Pieces | Rendered | Dropped
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tables to train on and to evaluate on; `fingerprint` changes with anything in them."""
+
+    train: TokenTable
+    evaluation: TokenTable | None
+    report: Report
+    fingerprint: str
+
+
+def prepare(
+    train_specs: Sequence[DatasetSpec],
+    test_specs: Sequence[DatasetSpec],
+    options: DataOptions,
+    tokenizer: Any,
+    *,
+    progress: Progress | None = None,
+) -> Prepared:
+    """Tokenizes the data sets into memory-mapped tables, or finds them in the cache.
+
+    `progress(rows, tokens)` is called now and then with totals so far.
+
+    Raises:
+        UserError: a row cannot be used (named by file and line), or nothing is left to train on.
+    """
+    if not train_specs:
+        raise UserError("datasets: none is given; expected at least one entry with path and type.")
+    if test_specs and options.val_set_size:
+        raise UserError("val_set_size and test_datasets exclude each other; keep one.")
+    key = _key(train_specs, test_specs, options, tokenizer)
+    root = options.dataset_prepared_path
+    folder, meta, cached = cache.open_or_build(
+        Path(root).expanduser() if root else cache.default_folder(),
+        key,
+        lambda out: _build(out, train_specs, test_specs, options, tokenizer, progress),
+    )
+    evaluation = TokenTable.load(folder / "evaluation") if meta["evaluation"] else None
+    report = Report(
+        tuple(SourceReport(**each) for each in meta["train_sources"]),
+        tuple(SourceReport(**each) for each in meta["test_sources"]),
+        TableReport(**meta["train"]),
+        TableReport(**meta["evaluation"]) if meta["evaluation"] else None,
+        cached,
+        str(folder),
+    )
+    return Prepared(TokenTable.load(folder / "train"), evaluation, report, key)
+
+
+def examples_of(
+    spec: DatasetSpec, options: DataOptions, encoder: Encoder
+) -> Iterator[tuple[str, list[Example], str | None]]:
+    """Yields ``(origin, examples, why)`` per row: why it was dropped or ``truncated``, or None."""
+    to_draft = drafter(spec, options, encoder)
+    source = rows(spec)
+    while chunk := list(islice(source, _CHUNK)):
+        drafts = [to_draft(row, origin) for origin, row in chunk]
+        usable = [draft for draft in drafts if not isinstance(draft, Dropped)]
+        encoded = iter(encode(usable, encoder))
+        for (origin, _), draft in zip(chunk, drafts, strict=True):
+            if isinstance(draft, Dropped):
+                yield origin, [], draft.reason
+            else:
+                yield origin, *_fit(next(encoded), draft, origin, options)
+
+
+def drafter(
+    spec: DatasetSpec, options: DataOptions, encoder: Encoder
+) -> Callable[[Mapping[str, Any], str], Draft]:
+    """The function of a data set's type that turns ``(row, origin)`` into a draft."""
+    inputs = options.train_on_inputs
+    if not isinstance(spec.type, str):
+        return partial(CustomPrompt.of(spec.type).draft, train_on_inputs=inputs)
+    if spec.type == "alpaca":
+        return partial(alpaca, train_on_inputs=inputs)
+    if spec.type == "input_output":
+        return partial(input_output, train_on_inputs=inputs)
+    if spec.type == "completion":
+        return partial(_completion, field=spec.field)
+    template = template_of(
+        encoder.tokenizer, spec.chat_template or options.chat_template, options.eot_tokens
+    )
+    return partial(chat, spec=spec, template=template, encoder=encoder, train_on_inputs=inputs)
+
+
+def _completion(row: Mapping[str, Any], origin: str, field: str | None) -> Draft:
+    draft = completion(row, origin, field=field)
+    return draft if draft.pieces[0][0].strip() else Dropped(EMPTY)
+
+
+def _fit(
+    example: Example, draft: Pieces | Rendered, origin: str, options: DataOptions
+) -> tuple[list[Example], str | None]:
+    limit, why = options.sequence_len, None
+    examples = [example]
+    if isinstance(draft, Pieces) and draft.split:
+        examples = cut(example, limit)
+    elif len(example[0]) > limit:
+        if options.excess_length_strategy == "raise":
+            raise UserError(
+                f"{origin}: has {len(example[0])} tokens, more than sequence_len {limit}; raise "
+                "sequence_len or set excess_length_strategy to drop or truncate."
+            )
+        if options.excess_length_strategy == "drop":
+            return [], TOO_LONG
+        examples, why = [(example[0][:limit], example[1][:limit])], "truncated"
+    examples = [each for each in examples if each[1].any()]
+    return (examples, why) if examples else ([], NOTHING_TRAINED)
+
+
+def _key(
+    train_specs: Sequence[DatasetSpec],
+    test_specs: Sequence[DatasetSpec],
+    options: DataOptions,
+    tokenizer: Any,
+) -> str:
+    def described(spec: DatasetSpec) -> dict[str, Any]:
+        parts: dict[str, Any] = {**dataclasses.asdict(spec), "digest": digest(spec)}
+        if spec.type == "chat_template":
+            choice = spec.chat_template or options.chat_template
+            parts["template"] = template_text(tokenizer, choice)
+        return parts
+
+    # Where the cache is does not change what is in it.
+    settings = dataclasses.asdict(dataclasses.replace(options, dataset_prepared_path=None))
+    return cache.key_of(
+        {
+            "train": [described(spec) for spec in train_specs],
+            "test": [described(spec) for spec in test_specs],
+            "options": settings,
+            "tokenizer": tokenizer_digest(tokenizer),
+        }
+    )
+
+
+def _build(
+    out: Path,
+    train_specs: Sequence[DatasetSpec],
+    test_specs: Sequence[DatasetSpec],
+    options: DataOptions,
+    tokenizer: Any,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    encoder = Encoder(tokenizer)
+    held_out = bool(options.val_set_size)
+    train_reports, row_of = _write(out / "train", train_specs, options, encoder, progress)
+    test_reports: list[SourceReport] = []
+    if test_specs:
+        test_reports, _ = _write(out / "evaluation", test_specs, options, encoder, progress)
+    elif held_out:
+        _hold_out(out, np.array(row_of), options)
+    packed = options.sample_packing
+    eval_packed = packed if options.eval_sample_packing is None else options.eval_sample_packing
+    evaluation = None
+    if test_specs or held_out:
+        evaluation = table_report(out / "evaluation", options, eval_packed)
+    return {
+        "train_sources": [dataclasses.asdict(each) for each in train_reports],
+        "test_sources": [dataclasses.asdict(each) for each in test_reports],
+        "train": table_report(out / "train", options, packed),
+        "evaluation": evaluation,
+    }
+
+
+def _write(
+    folder: Path,
+    specs: Sequence[DatasetSpec],
+    options: DataOptions,
+    encoder: Encoder,
+    progress: Progress | None,
+) -> tuple[list[SourceReport], list[int]]:
+    """Writes one table; returns the reports and the row number of each example."""
+    writer, reports, row_of = TableWriter(folder), [], []
+    for spec in specs:
+        read = kept = truncated = tokens = 0
+        dropped: dict[str, int] = {}
+        first, before = len(writer), sum(report.read for report in reports)
+        for _, examples, why in examples_of(spec, options, encoder):
+            read += 1
+            kept += bool(examples)
+            truncated += why == "truncated"
+            if not examples:
+                assert why is not None
+                dropped[why] = dropped.get(why, 0) + 1
+            for example in examples:
+                writer.add(*example)
+                tokens += len(example[0])
+                row_of.append(before + read)
+            if progress is not None and read % _CHUNK == 0:
+                progress(read, tokens)
+        examples_added = len(writer) - first
+        reports.append(
+            SourceReport(spec.path, spec.split, read, kept, dropped, truncated, examples_added)
+        )
+        refuse_nothing(reports[-1])
+    writer.close()
+    return reports, row_of
+
+
+def _hold_out(out: Path, row_of: np.ndarray, options: DataOptions) -> None:
+    """Moves `val_set_size` of the rows (whole rows, so no text is in both) to the evaluation."""
+    found, size = np.unique(row_of), options.val_set_size
+    count = int(size) if size >= 1 else math.ceil(len(found) * size)
+    if count >= len(found):
+        raise UserError(
+            f"val_set_size: {count} rows would be held out of {len(found)}; nothing would be left "
+            "to train on."
+        )
+    chosen = np.random.default_rng(options.seed).permutation(found)[:count]
+    held = np.isin(row_of, chosen)
+    everything = TokenTable.load(out / "train")
+    for name, mask in (("split", ~held), ("evaluation", held)):
+        writer = TableWriter(out / name)
+        for index in np.flatnonzero(mask).tolist():
+            writer.add(*everything[index])
+        writer.close()
+    del everything
+    for file in (out / "train").iterdir():
+        file.unlink()
+    (out / "train").rmdir()
+    (out / "split").rename(out / "train")

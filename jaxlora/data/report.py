@@ -1,0 +1,73 @@
+"""The account of a preparation: what became of every row, what the tables hold."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxlora.core.errors import UserError
+from jaxlora.data.packing import best_fit, efficiency
+from jaxlora.data.spec import DataOptions
+from jaxlora.data.table import TokenTable
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """What became of one data set's rows: ``kept + sum(dropped.values()) == read``."""
+
+    path: str
+    split: str
+    read: int
+    kept: int
+    dropped: dict[str, int]
+    truncated: int
+    examples: int
+
+
+@dataclass(frozen=True)
+class TableReport:
+    """What one table holds; `packing_efficiency` is None where rows are not packed."""
+
+    examples: int
+    tokens: int
+    trained_tokens: int
+    longest: int
+    packing_efficiency: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The account of a preparation; `cached` says that an earlier one was found."""
+
+    train_sources: tuple[SourceReport, ...]
+    test_sources: tuple[SourceReport, ...]
+    train: TableReport
+    evaluation: TableReport | None
+    cached: bool
+    folder: str
+
+
+def refuse_nothing(report: SourceReport) -> None:
+    """Refuses a data set without rows, or without one that can be trained on."""
+    if report.read == 0:
+        raise UserError(f"datasets: {report.path} (split {report.split}) holds no row.")
+    if report.kept == 0:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
+        raise UserError(
+            f"datasets: no row of {report.path} can be trained on: {report.read} read, {reasons}."
+        )
+
+
+def table_report(folder: Path, options: DataOptions, packed: bool) -> dict[str, Any]:
+    """A `TableReport` as plain values, from the table in a folder."""
+    table = TokenTable.load(folder)
+    lengths, share = table.lengths, None
+    if packed:
+        plan = best_fit(lengths, options.sequence_len, options.seed)
+        share = efficiency(lengths, len(plan), options.sequence_len)
+    return {
+        "examples": len(table),
+        "tokens": int(lengths.sum()),
+        "trained_tokens": int(table.trained.sum()),
+        "longest": int(lengths.max()),
+        "packing_efficiency": share,
+    }

@@ -1,0 +1,88 @@
+"""What a data set is and how its rows become examples: plain values, checked at birth."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jaxlora.core.errors import UserError, did_you_mean
+
+TYPES = ("alpaca", "chat_template", "completion", "input_output")
+DEFAULT_ROLES: dict[str, tuple[str, ...]] = {
+    "user": ("human", "user"),
+    "assistant": ("gpt", "assistant"),
+    "system": ("system",),
+    "tool": ("tool",),
+}
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """One entry of `datasets:` or `test_datasets:`.
+
+    `type` is one of `TYPES`, or a mapping of `prompts.CustomPrompt`'s fields for any other
+    two-column data. `field` is the text column of `completion`. `roles` maps our role to the words
+    the file uses for it.
+    """
+
+    path: str
+    type: str | Mapping[str, Any] = "alpaca"
+    split: str = "train"
+    data_files: str | tuple[str, ...] | None = None
+    name: str | None = None
+    revision: str | None = None
+    field: str | None = None
+    field_messages: str = "messages"
+    message_property_mappings: Mapping[str, str] | None = None
+    roles: Mapping[str, tuple[str, ...]] | None = None
+    roles_to_train: tuple[str, ...] = ("assistant",)
+    train_on_eos: Literal["all", "turn", "last", "none"] = "turn"
+    chat_template: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.type, str) and self.type not in TYPES:
+            raise UserError(
+                f'datasets: type "{self.type}" of {self.path} is not known; '
+                f"expected one of {', '.join(TYPES)}.{did_you_mean(self.type, TYPES)}"
+            )
+        if self.train_on_eos not in ("all", "turn", "last", "none"):
+            raise UserError(
+                f'datasets: train_on_eos "{self.train_on_eos}" of {self.path} is not known; '
+                "expected all, turn, last or none."
+            )
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How rows of every data set become examples; lengths are in tokens.
+
+    `val_set_size` below 1 is the share of the rows held out, from 1 on their number.
+    """
+
+    sequence_len: int
+    train_on_inputs: bool = False
+    sample_packing: bool = False
+    eval_sample_packing: bool | None = None
+    val_set_size: float = 0.0
+    seed: int = 42
+    pad_to_sequence_len: bool = False
+    excess_length_strategy: Literal["drop", "truncate", "raise"] = "drop"
+    dataset_prepared_path: str | None = None
+    chat_template: str | None = None
+    eot_tokens: tuple[str, ...] = field(default=())
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        if self.sequence_len < 2:
+            raise UserError(f"sequence_len: {self.sequence_len} is too short; expected 2 or more.")
+        if self.val_set_size < 0:
+            raise UserError(f"val_set_size: {self.val_set_size} is negative; expected 0 or more.")
+        if self.val_set_size >= 1 and self.val_set_size != int(self.val_set_size):
+            raise UserError(
+                f"val_set_size: {self.val_set_size} is neither a share below 1 nor a whole number "
+                "of rows."
+            )
+        if self.excess_length_strategy not in ("drop", "truncate", "raise"):
+            raise UserError(
+                f'excess_length_strategy: "{self.excess_length_strategy}" is not known; '
+                "expected drop, truncate or raise."
+            )

@@ -1,0 +1,196 @@
+"""Loading a tokenizer, and encoding many texts at once with its Rust half."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jaxlora.core.errors import UserError, did_you_mean
+
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + "
+    "message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + "
+    "'<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
+    "{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+NAMED_TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3}
+_OWN, _FALLBACK = "tokenizer_default", "tokenizer_default_fallback_"
+
+
+def load_tokenizer(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    special_tokens: Mapping[str, str | None] | None = None,
+) -> Any:
+    """A transformers fast tokenizer from a folder or a hub id; code of a repository never runs.
+
+    `special_tokens` are names and texts as in the configuration (``{"pad_token": "<pad>"}``); a
+    text that is not in the vocabulary is added to it.
+
+    Raises:
+        UserError: no tokenizer is there, it cannot be read, or it is not a fast one.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not any((folder / name).is_file() for name in _FILES):
+        raise UserError(f"{path}: holds no tokenizer; expected one of {', '.join(_FILES)}.")
+    if not folder.is_dir() and str(path).startswith((".", "/", "~")):
+        raise UserError(f"{path}: there is no such folder to load a tokenizer from.")
+    source = str(folder) if folder.is_dir() else str(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=revision or "main", trust_remote_code=False, use_fast=True
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path}: its tokenizer cannot be loaded: {reason}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(f"{path}: has no fast tokenizer; a tokenizer.json is needed.")
+    named = {name: text for name, text in (special_tokens or {}).items() if text is not None}
+    known = ("bos_token", "eos_token", "pad_token", "unk_token", "additional_special_tokens")
+    for name in named:
+        if name not in known:
+            raise UserError(f"special_tokens: {name} is not known.{did_you_mean(name, known)}")
+    if named:
+        tokenizer.add_special_tokens(named)
+    return tokenizer
+
+
+def template_text(tokenizer: Any, choice: str | None = None) -> str:
+    """The jinja text of a chat template choice.
+
+    None and ``tokenizer_default`` mean the tokenizer's own, ``tokenizer_default_fallback_chatml``
+    the tokenizer's own if it has one; else a name, a ``.jinja`` file, or jinja text.
+
+    Raises:
+        UserError: the tokenizer has no template, or the name is not known.
+    """
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        own = own.get("default")
+    if choice is None or choice.startswith(_OWN):
+        fallback = choice.removeprefix(_FALLBACK) if choice and choice != _OWN else None
+        if own:
+            return own
+        if fallback is None:
+            raise UserError(
+                "chat_template: the tokenizer has none; set chat_template to one of "
+                f"{', '.join(NAMED_TEMPLATES)}, a .jinja file, or jinja text."
+            )
+        choice = fallback
+    if choice in NAMED_TEMPLATES:
+        return NAMED_TEMPLATES[choice]
+    if "{{" in choice or "{%" in choice:
+        return choice
+    path = Path(choice).expanduser()
+    if path.suffix in (".jinja", ".j2") and path.is_file():
+        return path.read_text(encoding="utf-8")
+    names = (_OWN, *NAMED_TEMPLATES)
+    raise UserError(
+        f'chat_template: "{choice}" is not known; expected one of {", ".join(names)}, a .jinja '
+        f"file, or jinja text.{did_you_mean(choice, names)}"
+    )
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """A digest of all that decides its token ids (vocabulary, merges, added and special tokens)."""
+    special = {name: str(text) for name, text in tokenizer.special_tokens_map.items()}
+    text = tokenizer.backend_tokenizer.to_str() + json.dumps(special, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The id for empty places: the pad token, else the end token, else 0."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+class Encoder:
+    """Encodes lists of texts; knows the tokens that a tokenizer puts around a text.
+
+    `literal` texts keep the text of a special token as text: a ``</s>`` that a user typed does not
+    become the end token.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+        added = tokenizer.added_tokens_decoder
+        self.special_ids = {int(i) for i, token in added.items() if token.special}
+        self.special_ids |= {int(i) for i in tokenizer.all_special_ids}
+        texts = {str(token.content) for token in added.values() if token.special}
+        texts |= {str(text) for text in tokenizer.all_special_tokens}
+        self.special_texts = frozenset(text for text in texts if text)
+        longest_first = sorted(self.special_texts, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        plain = self.ids(["a"])[0]
+        around = self._encode(["a"], literal=True, fast=True, add_special_tokens=True)[0].ids
+        at = next(
+            (i for i in range(len(around)) if around[i : i + len(plain)] == plain), len(around)
+        )
+        # What the tokenizer writes before a text (BOS); what it writes after is ours to decide.
+        self.prefix: list[int] = list(around[:at])
+
+    @cached_property
+    def eos_id(self) -> int:
+        """The end token's id.
+
+        Raises:
+            UserError: the tokenizer has no end token.
+        """
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(
+                "special_tokens: the tokenizer has no eos_token, so the end of an answer could "
+                "not be learned; set special_tokens.eos_token."
+            )
+        return int(self.tokenizer.eos_token_id)
+
+    def has_special(self, text: str) -> bool:
+        """Whether a text holds the text of a special token."""
+        return self._special.search(text) is not None
+
+    def ids(self, texts: Sequence[str], *, literal: bool = True) -> list[list[int]]:
+        """Token ids of each text, nothing added around it."""
+        return [each.ids for each in self._encode(texts, literal=literal, fast=True)]
+
+    def literal_ids(self, text: str) -> list[int]:
+        """Token ids of a text in the middle of another, special tokens as text."""
+        # The newline stands for what comes before: alone, many tokenizers add a space in front.
+        encoding = self._encode(["\n" + text], literal=True, fast=False)[0]
+        offsets = encoding.offsets
+        if any(start < 1 < stop for start, stop in offsets):
+            return self.ids([text])[0]
+        return [i for i, (start, _) in zip(encoding.ids, offsets, strict=True) if start >= 1]
+
+    def with_offsets(self, texts: Sequence[str]) -> list[Any]:
+        """Encodings with ``.ids`` and ``.offsets`` (characters); special tokens are special."""
+        return self._encode(texts, literal=False, fast=False)
+
+    def _encode(
+        self, texts: Sequence[str], *, literal: bool, fast: bool, add_special_tokens: bool = False
+    ) -> list[Any]:
+        # Another caller of the same tokenizer may have left these set.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        before = self._backend.encode_special_tokens
+        self._backend.encode_special_tokens = literal
+        encode = self._backend.encode_batch_fast if fast else self._backend.encode_batch
+        try:
+            return encode(list(texts), add_special_tokens=add_special_tokens)
+        finally:
+            self._backend.encode_special_tokens = before

@@ -1,0 +1,136 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from jaxlora.core.errors import UserError
+from jaxlora.data.batches import Batches
+from jaxlora.data.table import TokenTable
+
+NAMES = ("tokens", "targets", "weights", "positions", "segment_ids")
+
+
+def table_of(count: int = 37, longest: int = 30) -> TokenTable:
+    """Example i starts with the unique token 1000 + i; its other tokens and mask are random."""
+    generator = np.random.default_rng(0)
+    examples = []
+    for i in range(count):
+        length = int(generator.integers(2, longest + 1))
+        tokens = [1000 + i, *generator.integers(1, 900, length - 1).tolist()]
+        examples.append((tokens, [0, *generator.integers(0, 2, length - 1).tolist()]))
+    return TokenTable.of(examples)
+
+
+def segments(batch) -> list[dict[str, np.ndarray]]:
+    flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in NAMES}
+    found = []
+    for row in range(len(flat["tokens"])):
+        for segment in range(1, flat["segment_ids"][row].max() + 1):
+            mask = flat["segment_ids"][row] == segment
+            found.append({name: flat[name][row][mask] for name in NAMES})
+    return found
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(("rows", "accumulation"), [(1, 1), (3, 2), (64, 1)])
+def test_each_example_is_seen_once_an_epoch(packing, rows, accumulation):
+    table = table_of()
+    batches = Batches(
+        table, sequence_len=64, rows=rows, accumulation=accumulation, packing=packing, seed=5
+    )
+    for epoch in range(2):
+        seen = Counter()
+        for step in range(batches.steps_per_epoch):
+            for segment in segments(batches.batch(epoch * batches.steps_per_epoch + step)):
+                seen[int(segment["tokens"][0])] += 1
+        assert seen == Counter({1000 + i: 1 for i in range(len(table))})
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_segments_are_the_examples_with_shifted_targets(packing):
+    table = table_of()
+    batches = Batches(table, sequence_len=64, rows=2, packing=packing, seed=1)
+    weights = 0.0
+    for step in range(batches.steps_per_epoch):
+        batch = batches.batch(step)
+        weights += batch["weights"].sum()
+        for segment in segments(batch):
+            tokens, trained = table[int(segment["tokens"][0]) - 1000]
+            assert np.array_equal(segment["tokens"], tokens)
+            assert np.array_equal(segment["targets"], [*tokens[1:], 0])
+            assert np.array_equal(segment["weights"], [*trained[1:], 0])
+            assert np.array_equal(segment["positions"], np.arange(len(tokens)))
+    assert weights == table.trained.sum()
+
+
+def test_padding_has_no_weight_no_segment_and_the_pad_token():
+    batch = Batches(table_of(), sequence_len=64, rows=64, packing=True, pad_id=7).batch(0)
+    padding = batch["segment_ids"] == 0
+    assert padding.any()
+    assert (batch["tokens"][padding] == 7).all()
+    assert not batch["weights"][padding].any()
+    assert not batch["targets"][padding].any()
+
+
+def test_batch_is_a_function_of_seed_and_step_alone():
+    table = table_of()
+    straight = Batches(table, sequence_len=64, rows=2, packing=True, seed=9)
+    for step in range(3 * straight.steps_per_epoch):
+        straight.batch(step)
+    resumed = Batches(table, sequence_len=64, rows=2, packing=True, seed=9)
+    for step in (2 * resumed.steps_per_epoch + 1, 0, resumed.steps_per_epoch):
+        for name in NAMES:
+            assert np.array_equal(resumed.batch(step)[name], straight.batch(step)[name])
+
+
+def test_epochs_and_seeds_differ_in_order():
+    table = table_of()
+    batches = Batches(table, sequence_len=64, rows=2, packing=True, seed=9)
+    other = Batches(table, sequence_len=64, rows=2, packing=True, seed=10)
+    first = batches.batch(0)["tokens"]
+    assert not np.array_equal(first, batches.batch(batches.steps_per_epoch)["tokens"])
+    assert not np.array_equal(first, other.batch(0)["tokens"])
+
+
+def test_unshuffled_batches_keep_the_order_of_the_table():
+    batches = Batches(table_of(), sequence_len=64, rows=4, shuffle=False)
+    assert batches.batch(1)["tokens"][0, :, 0].tolist() == [1004, 1005, 1006, 1007]
+
+
+@pytest.mark.parametrize(
+    ("settings", "length"),
+    [
+        ({"packing": True, "sequence_len": 300}, 300),
+        ({"pad": True, "sequence_len": 300}, 300),
+        ({"sequence_len": 300}, 128),
+        ({"sequence_len": 100}, 100),
+    ],
+)
+def test_length_is_one_shape_per_run(settings, length):
+    table = TokenTable.of([(range(1, 71), [0] * 69 + [1]), ([1, 2], [0, 1])])
+    batches = Batches(table, rows=3, accumulation=2, **settings)
+    assert {array.shape for array in batches.batch(0).values()} == {(2, 3, length)}
+
+
+def test_dtypes():
+    batch = Batches(table_of(), sequence_len=64, rows=2).batch(0)
+    assert {name: str(array.dtype) for name, array in batch.items()} == {
+        **dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), "int32"),
+        "weights": "float32",
+    }
+
+
+def test_epoch_of():
+    batches = Batches(table_of(10), sequence_len=64, rows=4)
+    assert [batches.epoch_of(step) for step in (0, 2, 3, 6)] == [0, 0, 1, 2]
+
+
+def test_a_token_outside_the_vocabulary_is_refused():
+    batches = Batches(table_of(), sequence_len=64, rows=64, vocab_size=1036)
+    with pytest.raises(UserError, match="batch 0 holds token id 1036, outside the vocabulary"):
+        batches.batch(0)
+
+
+def test_a_table_of_longer_examples_is_refused():
+    with pytest.raises(UserError, match="more than sequence_len 16"):
+        Batches(table_of(), sequence_len=16, rows=1)

@@ -1,0 +1,60 @@
+import time
+
+import numpy as np
+import pytest
+
+from jaxlora.data.packing import best_fit, efficiency, one_each
+
+
+def lengths_like(kind: str, count: int = 5000) -> np.ndarray:
+    generator = np.random.default_rng(0)
+    draws = {
+        "short": generator.integers(1, 100, count),
+        "long_tail": np.minimum(generator.lognormal(5, 1, count).astype(int) + 1, 2048),
+        "one_size": np.full(count, 2048),
+    }
+    return draws[kind].astype(np.int64)
+
+
+@pytest.mark.parametrize("kind", ["short", "long_tail", "one_size"])
+def test_every_example_is_in_one_row_that_holds_it(kind):
+    lengths = lengths_like(kind)
+    plan = best_fit(lengths, 2048, seed=3)
+    assert np.array_equal(np.sort(plan.items), np.arange(len(lengths)))
+    for row in range(len(plan)):
+        assert 0 < lengths[plan[row]].sum() <= 2048
+
+
+@pytest.mark.parametrize("kind", ["short", "long_tail", "one_size"])
+def test_rows_are_at_least_98_percent_full(kind):
+    lengths = lengths_like(kind)
+    assert efficiency(lengths, len(best_fit(lengths, 2048, seed=0)), 2048) >= 0.98
+
+
+def test_best_fit_finds_the_row_with_least_room():
+    # 7 and 6 open two rows with 3 and 4 left; 4 must take the 4, so that 3 finds its place.
+    assert len(best_fit(np.array([7, 6, 4, 3]), 10, seed=0)) == 2
+
+
+def test_plan_is_a_function_of_the_seed():
+    lengths = lengths_like("short")
+    first, again, other = (best_fit(lengths, 2048, seed=seed) for seed in (1, 1, 2))
+    assert np.array_equal(first.items, again.items)
+    assert not np.array_equal(first.items, other.items)
+
+
+def test_packing_time_grows_about_linearly():
+    def seconds(count: int) -> float:
+        lengths = lengths_like("long_tail", count)
+        start = time.process_time()
+        best_fit(lengths, 2048, seed=0)
+        return time.process_time() - start
+
+    seconds(1000)
+    # 16 times the examples: 16 plus a logarithm; a quadratic plan would take 256 times as long.
+    assert seconds(80_000) < 80 * max(seconds(5_000), 1e-3)
+
+
+def test_without_packing_each_example_has_its_row():
+    plan = one_each(3)
+    assert [plan[i].tolist() for i in range(len(plan))] == [[0], [1], [2]]
