@@ -8,7 +8,11 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float, UInt8, UInt32
+
+# Frozen storage is numpy on the host until the loader has placed it on the devices.
+Stored = Array | np.ndarray
 
 
 @jax.tree_util.register_dataclass
@@ -19,9 +23,9 @@ class DoubleQuantized:
     ``scale = map[codes] * absmax[block of 256] + offset`` with bitsandbytes' signed dynamic map.
     """
 
-    codes: UInt8[Array, "*blocks"]
-    absmax: Float[Array, "*lead nested_blocks"]
-    offset: Float[Array, "*lead"]
+    codes: UInt8[Stored, "*blocks"]
+    absmax: Float[Stored, "*lead nested_blocks"]
+    offset: Float[Stored, "*lead"]
 
 
 @jax.tree_util.register_dataclass
@@ -42,7 +46,7 @@ class QuantizedArray:
     """
 
     values: Any
-    scales: Float[Array, "..."] | DoubleQuantized
+    scales: Float[Stored, "..."] | DoubleQuantized
     format: str = dataclasses.field(metadata={"static": True})
     dtype: str = dataclasses.field(metadata={"static": True})
     gathered: Any = dataclasses.field(default=None, metadata={"static": True})

@@ -1,0 +1,116 @@
+"""Integer formats without a zero point: int4 per group of inputs, int8 per output channel."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxlora.core.errors import UserError
+from jaxlora.ops.chunks import for_each, split
+
+# Fractions of a group's largest magnitude tried as its range. On normal data 8 of them come within
+# 0.5 % of the error that 24 reach; below 0.65 nothing wins but in groups with one far outlier.
+_CLIPS = np.linspace(0.65, 1.0, 8, dtype=np.float32)
+# Groups smaller than this everywhere become zero: -8 / peak would leave the range of float32.
+_SMALLEST_PEAK = np.float32(1e-37)
+
+
+def group_length(in_dim: int, group_size: int) -> int:
+    """Returns `group_size` where it divides `in_dim`, else its largest divisor from 16 up to it.
+
+    Without such a divisor a whole column is one group.
+
+    >>> group_length(4096, 64), group_length(1080, 64), group_length(97, 64)
+    (64, 60, 97)
+    """
+    if in_dim % group_size == 0:
+        return group_size
+    divisors = [n for n in range(min(group_size, in_dim), 15, -1) if in_dim % n == 0]
+    return divisors[0] if divisors else in_dim
+
+
+def quantize_int4(
+    weight: Float[np.ndarray, "I O"], *, group_size: int
+) -> tuple[Int[np.ndarray, "I O"], Float[np.ndarray, "groups O"]]:
+    """Returns int4 values in [-8, 7] and one scale per group of inputs and output.
+
+    The scale is signed, so that a group's largest magnitude can fall on -8 whatever its sign:
+    one level more than [-7, 7] (RMSE 0.091 instead of 0.100 on N(0, 1), groups of 64).
+    """
+    in_dim, out_dim = weight.shape
+    group = group_length(in_dim, group_size)
+    values = np.empty((in_dim, out_dim), jnp.int4)
+    scales = np.empty((in_dim // group, out_dim), np.float32)
+
+    def work(start: int, stop: int) -> None:
+        columns = weight[:, start:stop].reshape(-1, group, stop - start).swapaxes(0, 1)
+        codes, scales[:, start:stop] = _clip_search(np.array(columns, np.float32, order="C"))
+        values[:, start:stop] = codes.swapaxes(0, 1).reshape(in_dim, -1)
+
+    # At least two columns at a time: numpy sums a lone column in another order.
+    for_each(work, split(out_dim, in_dim, 2))
+    return values, scales
+
+
+def _clip_search(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Quantizes ``[group, ...]`` over its first axis with the clip of least squared error."""
+    top, bottom = x.max(axis=0), x.min(axis=0)
+    peak = np.where(top > -bottom, top, bottom)
+    usable = np.abs(peak) > _SMALLEST_PEAK
+    x *= np.divide(np.float32(-8), peak, out=np.zeros_like(peak), where=usable)
+    least, best = np.full_like(peak, np.inf), np.ones_like(peak)
+    steps, codes = np.empty_like(x), np.empty_like(x)
+    for clip in _CLIPS:
+        _round(np.divide(x, clip, out=steps), out=codes)
+        steps -= codes
+        steps *= steps
+        error = steps.sum(axis=0) * clip**2
+        better = error < least
+        least[better], best[better] = error[better], clip
+    codes = _round(np.divide(x, best, out=steps), out=codes).astype(np.int8)
+    # Not `where(usable, ...)`: a peak of NaN or infinity must reach the caller's check.
+    scale = peak * best / np.float32(-8)
+    scale[np.abs(peak) <= _SMALLEST_PEAK] = 0
+    return codes, scale
+
+
+def _round(steps: np.ndarray, *, out: np.ndarray) -> np.ndarray:
+    np.rint(steps, out=out)
+    return np.clip(out, -8, 7, out=out)
+
+
+def quantize_int8(
+    weight: Float[np.ndarray, "I O"],
+) -> tuple[Int[np.ndarray, "I O"], Float[np.ndarray, "1 O"]]:
+    """Returns LLM.int8's values (Dettmers et al. 2022) and its ``SCB / 127``.
+
+    SCB is the largest magnitude that feeds an output, after a cast to float16 as in bitsandbytes;
+    ``float16(127 * scale)`` gives it back exactly.
+
+    Raises:
+      UserError: a finite weight is beyond the range of float16.
+    """
+    in_dim, out_dim = weight.shape
+    values = np.empty((in_dim, out_dim), np.int8)
+    largest = np.empty((1, out_dim), np.float32)
+
+    def work(start: int, stop: int) -> None:
+        rows = weight[:, start:stop].T.astype(np.float16).astype(np.float32, order="C")
+        row_max = np.abs(rows).max(axis=1)
+        largest[0, start:stop] = row_max
+        inverse = np.divide(np.float32(127), row_max, out=np.zeros_like(row_max), where=row_max > 0)
+        values[:, start:stop] = np.rint(rows * inverse[:, None]).T
+
+    for_each(work, split(out_dim, in_dim, 1))
+    if np.isinf(largest).any() and np.isfinite(weight[:, np.isinf(largest[0])]).all():
+        raise UserError("int8 stores float16 magnitudes, at most 65504, and a weight is larger.")
+    return values, largest / np.float32(127)
+
+
+def dequantize(
+    values: Int[Array, "*lead I O"], scales: Float[Array, "*lead groups O"], dtype: str
+) -> Float[Array, "*lead I O"]:
+    """Reads int4 and int8 (which has one group) back; jittable, with any leading axes."""
+    *lead, in_dim, out_dim = values.shape
+    groups = scales.shape[-2]
+    numbers = values.astype(jnp.float32).reshape(*lead, groups, in_dim // groups, out_dim)
+    return (numbers * scales[..., None, :]).reshape(values.shape).astype(dtype)
