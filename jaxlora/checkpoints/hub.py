@@ -1,0 +1,75 @@
+"""Where a model or adapter is: a local folder, or a hub id that is downloaded once and cached."""
+
+import os
+import re
+from pathlib import Path
+
+from jaxlora.core.errors import UserError
+
+# Everything a model or adapter in Hugging Face's layout needs, and no pickle.
+_WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+# Sub-folders hold other formats (onnx/, original/), consolidated*.safetensors a second copy.
+_UNWANTED = ["*/*", "consolidated*"]
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
+
+
+def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
+    """Returns the local folder of a model or adapter, downloading it if it is a hub id.
+
+    Args:
+      path_or_id: a folder, else ``owner/name`` on the hub.
+      revision: branch, tag or commit on the hub; ignored for a folder.
+
+    Raises:
+      UserError: no such folder or repository, no access to it, or no network and not cached.
+    """
+    text = os.fspath(path_or_id)
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{text} is a file; expected the folder that holds it, or a hub id.")
+    if not _HUB_ID.fullmatch(text):
+        raise UserError(
+            f"{text}: no such folder (it looks like a path, so it was not looked up on the hub); "
+            "expected a folder that exists, or a hub id such as owner/name."
+        )
+    return _download(text, revision)
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            repository, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+        )
+    except Exception as error:  # the client lets errors of several HTTP libraries through
+        at = f"{repository} at revision {revision}" if revision else repository
+        raise UserError(f"{at}: {_reason(repository, error)}.") from error
+    return Path(folder)
+
+
+def _reason(repository: str, error: Exception) -> str:
+    from huggingface_hub import errors
+
+    # A gated repository is a kind of "not found" to the client, so it is asked for first.
+    if isinstance(error, errors.GatedRepoError):
+        return (
+            "the hub wants your consent to its terms; accept them at "
+            f"https://huggingface.co/{repository} and log in with `hf auth login`"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the hub has no such revision; check its name"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            "neither a folder here nor a repository on the hub; check the spelling, and log in "
+            "with `hf auth login` if it is private"
+        )
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        return (
+            "no folder here, not in the local cache, and the hub cannot be reached (offline?); "
+            "connect, or give the folder of a local copy"
+        )
+    lines = str(error).split("\n")
+    return f"the hub did not deliver it ({lines[0] or type(error).__name__}); try again later"
