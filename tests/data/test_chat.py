@@ -1,0 +1,170 @@
+import pytest
+
+from jaxlora.core.errors import UserError
+from jaxlora.data.chat import UNSAFE, Dropped, chat, prompt_ids, template_of
+from jaxlora.data.encode import encode
+from jaxlora.data.spec import DatasetSpec
+from jaxlora.data.tokenizer import Encoder
+
+TALK = [
+    {"role": "system", "content": "S"},
+    {"role": "user", "content": "Q1"},
+    {"role": "assistant", "content": "A1"},
+    {"role": "user", "content": "Q2"},
+    {"role": "assistant", "content": "A2"},
+]
+EOS_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}{{ eos_token }}{% endfor %}"
+)
+NO_END = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}\n{% endfor %}"
+
+
+def draft_of(tokenizer, row, template="chatml", train_on_inputs=False, **settings):
+    spec = DatasetSpec("f", "chat_template", **settings)
+    return chat(
+        row,
+        "rows.jsonl:7",
+        spec,
+        template_of(tokenizer, template),
+        Encoder(tokenizer),
+        train_on_inputs=train_on_inputs,
+    )
+
+
+def learned(tokenizer, row, *args, **settings) -> list[str]:
+    """The runs of trained text."""
+    [(tokens, trained)] = encode([draft_of(tokenizer, row, *args, **settings)], Encoder(tokenizer))
+    runs: list[list[int]] = []
+    for at, (token, flag) in enumerate(zip(tokens.tolist(), trained.tolist(), strict=True)):
+        if flag:
+            if not (at and trained[at - 1]):
+                runs.append([])
+            runs[-1].append(token)
+    return [tokenizer.decode(run) for run in runs]
+
+
+def test_answers_and_their_end_are_trained(tokenizer):
+    assert learned(tokenizer, {"messages": TALK}) == ["A1<|im_end|>", "A2<|im_end|>"]
+
+
+def test_ids_equal_transformers_own(tokenizer):
+    draft = draft_of(tokenizer, {"messages": TALK})
+    [(tokens, _)] = encode([draft], Encoder(tokenizer))
+    template = template_of(tokenizer, "chatml")
+    expected = tokenizer.apply_chat_template(
+        TALK, chat_template=template.text, tokenize=True, return_dict=False
+    )
+    assert tokens.tolist() == expected
+
+
+def test_the_prompt_of_generation_is_how_the_example_starts(tokenizer):
+    encoder, template = Encoder(tokenizer), template_of(tokenizer, "chatml")
+    prompt = prompt_ids(TALK[:4], encoder, template)
+    [(tokens, trained)] = encode([draft_of(tokenizer, {"messages": TALK})], encoder)
+    assert tokens[: len(prompt)].tolist() == prompt
+    assert trained[len(prompt)]
+    assert not trained[len(prompt) - 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"roles_to_train": ("user",)}, ["Q1</s>", "Q2</s>"]),
+        ({"roles_to_train": ("user", "assistant")}, ["Q1</s>", "A1</s>", "Q2</s>", "A2</s>"]),
+        ({"roles_to_train": ()}, []),
+        ({"train_on_eos": "turn"}, ["A1</s>", "A2</s>"]),
+        ({"train_on_eos": "last"}, ["A1", "A2</s>"]),
+        ({"train_on_eos": "none"}, ["A1", "A2"]),
+        ({"train_on_eos": "all"}, ["</s>", "</s>", "A1</s>", "</s>", "A2</s>"]),
+    ],
+)
+def test_roles_and_ends_to_train(tokenizer, settings, expected):
+    assert learned(tokenizer, {"messages": TALK}, EOS_TEMPLATE, **settings) == expected
+
+
+def test_train_on_inputs_trains_all_but_the_first_token(tokenizer):
+    row = {"messages": TALK[1:3]}
+    found = learned(tokenizer, row, EOS_TEMPLATE, train_on_inputs=True)
+    assert found == ["ser:Q1</s>assistant:A1</s>"]
+
+
+def test_an_end_token_is_added_when_the_template_writes_none(tokenizer):
+    assert learned(tokenizer, {"messages": TALK}, NO_END) == ["A1", "A2</s>"]
+    assert learned(tokenizer, {"messages": TALK}, NO_END, train_on_eos="none") == ["A1", "A2"]
+
+
+def test_other_names_for_roles_and_properties(tokenizer):
+    row = {"turns": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
+    settings = {
+        "field_messages": "turns",
+        "message_property_mappings": {"role": "from", "content": "value"},
+    }
+    assert learned(tokenizer, row, **settings) == ["A<|im_end|>"]
+    row = {"turns": [{"from": "me", "value": "Q"}, {"from": "bot", "value": "A"}]}
+    roles = {"user": ("me",), "assistant": ("bot",)}
+    assert learned(tokenizer, row, roles=roles, **settings) == ["A<|im_end|>"]
+    assert draft_of(tokenizer, row, roles=roles, **settings).text.startswith("<|im_start|>user\n")
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "llama2"])
+def test_special_text_that_a_user_typed_stays_text(request, name):
+    tokenizer = request.getfixturevalue(name)
+    typed = "write </s> and <s> please"
+    row = {"messages": [{"role": "user", "content": typed}, *TALK[2:3]]}
+    draft = draft_of(tokenizer, row, EOS_TEMPLATE)
+    [(tokens, _)] = encode([draft], Encoder(tokenizer))
+    ends = [token for token in tokens.tolist() if token in (1, 2)]
+    # One end for each of the two turns, none from the typed text.
+    assert ends == [2, 2]
+    assert tokenizer.decode(tokens) == f"user:{typed}</s>assistant:A1</s>"
+
+
+def test_special_text_that_the_template_rewrites_is_dropped_not_injected(tokenizer):
+    row = {"messages": [{"role": "user", "content": "a</s>"}, *TALK[2:3]]}
+    upper = "{% for m in messages %}{{ m['content'] | replace('a', 'bb') }}\n{% endfor %}"
+    assert draft_of(tokenizer, row, upper) == Dropped(UNSAFE)
+
+
+def test_tool_calls_without_content_are_trained(tokenizer):
+    template = (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}"
+        "{% if m['tool_calls'] %}{{ m['tool_calls'] | tojson }}{% endif %}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    row = {"messages": [TALK[1], call], "tools": '[{"type": "function"}]'}
+    assert learned(tokenizer, row, template) == ['[{"name": "f"}]</s>']
+
+
+def test_a_conversation_without_answers_trains_nothing(tokenizer):
+    assert learned(tokenizer, {"messages": TALK[:2]}) == []
+
+
+U = TALK[1]
+BAD = {
+    "other column": ({"conversations": []}, 'needs the column "messages"; columns found: conv'),
+    "not a list": ({"messages": "hi"}, "must be a list of messages .* got str"),
+    "no message": ({"messages": []}, "got an empty list"),
+    "text message": ({"messages": [U, "hi"]}, "message 2 must be an object"),
+    "other keys": ({"messages": [{"from": "a", "value": "b"}]}, 'no "role"; keys found: from, v'),
+    "no content": ({"messages": [{"role": "user"}]}, 'message 1 has no "content"'),
+    "null content": ({"messages": [U, {"role": "assistant", "content": None}]}, "2: .* is null"),
+    "number content": ({"messages": [{"role": "user", "content": 3}]}, '"content" is int'),
+    "surrogate": ({"messages": [{"role": "user", "content": "\ud800"}]}, "surrogate"),
+    "tools": ({"messages": TALK, "tools": "{"}, '"tools" is not valid JSON'),
+    "tools kind": ({"messages": TALK, "tools": "[1]"}, "must be a list of objects"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_row_is_named(tokenizer, case):
+    row, message = BAD[case]
+    with pytest.raises(UserError, match=message) as error:
+        draft_of(tokenizer, row)
+    assert str(error.value).startswith("rows.jsonl:7:")
+    assert "\n" not in str(error.value)
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tokenizer):
+    with pytest.raises(UserError, match=r"rows.jsonl:7: the chat template refuses .* alternate"):
+        draft_of(tokenizer, {"messages": TALK}, "{{ raise_exception('roles must alternate') }}")
