@@ -1,0 +1,1 @@
+"""F3: optax optimizers and learning-rate schedules under the names configurations use."""

@@ -1,0 +1,1 @@
+"""F3: devices. Builds the mesh and says where every array lives."""

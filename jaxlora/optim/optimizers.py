@@ -1,0 +1,94 @@
+"""Optimizers by name: thin rows over optax."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+from jaxlora.core.errors import UserError, did_you_mean
+
+Mask = Any  # a tree of bools shaped like the trainable tree
+
+
+def _adamw(schedule, weight_decay, betas, eps, decayed, matrices):
+    b1, b2 = betas
+    return optax.adamw(schedule, b1, b2, eps, weight_decay=weight_decay, mask=decayed)
+
+
+def _adafactor(schedule, weight_decay, betas, eps, decayed, matrices):
+    return optax.adafactor(
+        schedule,
+        multiply_by_parameter_scale=False,  # the learning rate is absolute, as for the others
+        weight_decay_rate=weight_decay or None,
+        weight_decay_mask=decayed,
+    )
+
+
+def _lion(schedule, weight_decay, betas, eps, decayed, matrices):
+    b1, b2 = betas
+    return optax.lion(schedule, b1, b2, weight_decay=weight_decay, mask=decayed)
+
+
+def _sgd(schedule, weight_decay, betas, eps, decayed, matrices):
+    return optax.chain(optax.add_decayed_weights(weight_decay, mask=decayed), optax.sgd(schedule))
+
+
+def _muon(schedule, weight_decay, betas, eps, decayed, matrices):
+    # Leaves are [in, out] or stacked [L, in, out]; the last two axes are the matrix.
+    dims = jax.tree.map(
+        lambda is_matrix: MuonDimensionNumbers((-2,), (-1,)) if is_matrix else None, matrices
+    )
+    b1, b2 = betas
+    return muon(
+        schedule,
+        weight_decay=weight_decay,
+        weight_decay_mask=decayed,
+        adam_b1=b1,
+        adam_b2=b2,
+        eps=eps,
+        muon_weight_dimension_numbers=dims,
+    )
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "adafactor": _adafactor,
+    "lion": _lion,
+    "sgd": _sgd,
+    "muon": _muon,
+}
+
+
+def make_optimizer(
+    name: str,
+    schedule: optax.Schedule,
+    *,
+    decayed: Mask,
+    matrices: Mask,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    max_grad_norm: float | None = 1.0,
+) -> optax.GradientTransformation:
+    """Returns the named optimizer behind clipping by the global gradient norm.
+
+    Args:
+      name: a key of `OPTIMIZERS`.
+      schedule: learning rate by step.
+      decayed: which leaves weight decay applies to.
+      matrices: which leaves Muon orthogonalizes; the others get Adam.
+      weight_decay: decoupled decay (Loshchilov and Hutter 2019), times the learning rate.
+      betas, eps: Adam's and Lion's.
+      max_grad_norm: None or 0 switches clipping off.
+    """
+    if name not in OPTIMIZERS:
+        raise UserError(
+            f"optimizer: {name!r} is unknown; expected {', '.join(OPTIMIZERS)}."
+            f"{did_you_mean(name, OPTIMIZERS)}"
+        )
+    optimizer = OPTIMIZERS[name](schedule, weight_decay, betas, eps, decayed, matrices)
+    if not max_grad_norm:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)

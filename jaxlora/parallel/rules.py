@@ -1,0 +1,128 @@
+"""Where arrays live: logical axes are mapped to mesh axes by one table."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxlora.core import axes
+from jaxlora.ops.arrays import DoubleQuantized, QuantizedArray
+
+# Mesh axes for each logical axis. Weights are sharded over `fsdp` along the embedding and split
+# over `tensor` along the other side, so one gather over `fsdp` serves a layer.
+RULES: dict[str, tuple[str, ...]] = {
+    axes.BATCH: ("data", "fsdp"),
+    axes.EMBED: ("fsdp",),
+    axes.HEADS: ("tensor",),
+    axes.KV_HEADS: ("tensor",),
+    axes.MLP: ("tensor",),
+    axes.VOCAB: ("tensor",),
+}
+
+
+def partition(
+    mesh: Mesh, logical: Sequence[str | None], shape: Sequence[int], *, without: str = ""
+) -> PartitionSpec:
+    """Returns how an array is split; a dimension that does not divide is kept whole.
+
+    Args:
+      mesh: the device mesh.
+      logical: logical axis of each dimension, None for "never split".
+      shape: size of each dimension.
+      without: a mesh axis to leave out.
+    """
+    spec = []
+    for name, size in zip(logical, shape, strict=True):
+        mesh_axes = tuple(axis for axis in RULES.get(name or "", ()) if axis != without)
+        ways = int(np.prod([mesh.shape[axis] for axis in mesh_axes]))
+        spec.append(mesh_axes if ways > 1 and size % ways == 0 else None)
+    return PartitionSpec(*spec)
+
+
+def undivided(mesh: Mesh, logical: Sequence[str], shape: Sequence[int]) -> list[str]:
+    """Returns a note for every dimension that the rules would split but that does not divide."""
+    notes = []
+    for name, size in zip(logical, shape, strict=True):
+        ways = int(np.prod([mesh.shape[axis] for axis in RULES.get(name, ())]))
+        if ways > 1 and size % ways:
+            notes.append(f"{name} of {size} does not divide by {ways} devices: kept whole")
+    return notes
+
+
+class Placement:
+    """Puts parameters, adapters and batches on a mesh.
+
+    Args:
+      mesh: the device mesh.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+
+    def sharding(self, logical: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+        """Returns the sharding of an array with these logical axes."""
+        return NamedSharding(self.mesh, partition(self.mesh, logical, shape))
+
+    def constrain(self, x: jax.Array, logical: Sequence[str | None]) -> jax.Array:
+        """Pins an activation's sharding inside jit."""
+        return jax.lax.with_sharding_constraint(x, self.sharding(logical, x.shape))
+
+    def weight(self, leaf: Any, logical: Sequence[str], *, stacked: bool) -> Any:
+        """Returns a parameter leaf on the devices, quantized leaves with their gather pinned.
+
+        Args:
+          leaf: plain or quantized, host or device arrays.
+          logical: logical axis names of one layer's parameter.
+          stacked: whether a layer axis comes first; it is never split.
+        """
+        lead = (None,) if stacked else ()
+        if not isinstance(leaf, QuantizedArray):
+            return self._put(leaf, (*lead, *logical))
+        # nf4 keeps bitsandbytes' [out, in] order; its scales and values split alike.
+        stored = tuple(reversed(logical)) if leaf.format == "nf4" else tuple(logical)
+        values = self._put(leaf.values, (*lead, *stored))
+        scales = jax.tree.map(
+            lambda x: self._put(x, (*lead, *stored) if x.ndim == values.ndim else (None,) * x.ndim),
+            leaf.scales,
+        )
+        gathered = None
+        if self.mesh.size > 1:
+            gathered = tuple(
+                self._gathered(stored, part.shape[len(lead) :])
+                for part in (values, _block_scales(scales))
+            )
+        return QuantizedArray(values, scales, leaf.format, leaf.dtype, gathered)
+
+    def _gathered(self, stored: Sequence[str], shape: Sequence[int]) -> NamedSharding | None:
+        """Split over `tensor` only: what a layer's matrix looks like once `fsdp` is gathered."""
+        if len(shape) != len(stored):
+            return None
+        return NamedSharding(self.mesh, partition(self.mesh, stored, shape, without="fsdp"))
+
+    def _put(self, x: Any, logical: Sequence[str | None]) -> jax.Array:
+        return jax.device_put(x, self.sharding(logical, x.shape))
+
+    def adapter(self, pair: dict[str, Any], logical: Sequence[str], *, stacked: bool) -> dict:
+        """Returns an adapter's arrays on the devices, split like the matrix they belong to."""
+        lead = (None,) if stacked else ()
+        into, out = logical[0], logical[-1]
+        layout = {"a": (*lead, into, None), "b": (*lead, None, out), "magnitude": (*lead, out)}
+        return {name: self._put(x, layout[name]) for name, x in pair.items()}
+
+    def batch(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Returns ``[accumulation, rows, T]`` arrays with their rows split over the devices.
+
+        Every process holds the whole (small) batch and hands over only its own rows.
+        """
+
+        def put(x):
+            sharding = self.sharding((None, axes.BATCH, None), x.shape)
+            return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+        return {name: put(x) for name, x in arrays.items()}
+
+
+def _block_scales(scales: Any) -> Any:
+    return scales.codes if isinstance(scales, DoubleQuantized) else scales
