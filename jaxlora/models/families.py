@@ -75,9 +75,16 @@ _IGNORED = frozenset(
     architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id
     eos_token_id pad_token_id pretraining_tp name_or_path auto_map id2label label2id problem_type
     output_attentions output_hidden_states return_dict torchscript use_bfloat16 tokenizer_class
-    is_decoder unsloth_version unsloth_fixed max_length
+    is_decoder unsloth_version unsloth_fixed max_length max_sequence_length is_llama_config
+    transformers.js_config
     """.split()
 )
+
+# Rope scalings and the fields they need, in the order of `RopeScaling`.
+_ROPE_NUMBERS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
 
 
 def supported() -> str:
@@ -97,7 +104,9 @@ def read_config(hf: Mapping[str, Any]) -> DecoderConfig:
     """
     family = FAMILIES[_architecture(hf)]
     _refuse_unknown(hf, family)
-    field = {name: hf.get(name, default) for name, default in family.defaults.items()}
+    # null stands for the default, but a null window is no window (Mistral 0.2 and later).
+    given = {k: value for k, value in hf.items() if value is not None or k == "sliding_window"}
+    field = {name: given.get(name, default) for name, default in family.defaults.items()}
     rope = _rope_fields(field)
     heads = field["num_attention_heads"]
     return DecoderConfig(
@@ -159,17 +168,16 @@ def _rope_scaling(rope: Mapping[str, Any], max_context: int) -> RopeScaling | No
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
-    if kind == "linear":
-        return RopeScaling("linear", float(rope["factor"]))
-    if kind != "llama3":
+    if kind not in _ROPE_NUMBERS:
         raise UserError(
             f"config.json: rope scaling {kind!r} is not supported; "
-            "supported: default, linear, llama3."
+            f"supported: default, {', '.join(_ROPE_NUMBERS)}."
         )
-    return RopeScaling(
-        "llama3",
-        float(rope["factor"]),
-        float(rope["low_freq_factor"]),
-        float(rope["high_freq_factor"]),
-        int(rope.get("original_max_position_embeddings", max_context)),
-    )
+    for name in _ROPE_NUMBERS[kind]:
+        if name not in rope:
+            raise UserError(f"config.json: rope scaling {kind!r} has no {name}; add it.")
+    numbers = [float(rope[name]) for name in _ROPE_NUMBERS[kind]]
+    if kind == "linear":
+        return RopeScaling("linear", *numbers)
+    original_context = int(rope.get("original_max_position_embeddings", max_context))
+    return RopeScaling("llama3", *numbers, original_context)
