@@ -102,3 +102,9 @@ def tiny_llama(tmp_path_factory):
         return folders[key]
 
     return get
+
+
+@pytest.fixture(scope="session", name="write_tiny_llama")
+def write_tiny_llama_fixture():
+    """Returns `write_tiny_llama`, for folders of a test's own."""
+    return write_tiny_llama

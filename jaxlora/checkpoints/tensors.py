@@ -108,7 +108,7 @@ class TensorFiles:
             with safe_open(info.file, framework="np") as opened:
                 if rows is None or not info.shape:
                     return opened.get_tensor(name)
-                return opened.get_slice(name)[rows]
+                return opened.get_slice(name)[slice(*rows.indices(info.shape[0]))]
         except (SafetensorError, OSError) as error:
             raise UserError(_damaged(info.file, error)) from error
 
