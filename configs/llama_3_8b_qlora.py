@@ -1,7 +1,7 @@
 """QLoRA on Llama 3 8B as a Python configuration: the same run as llama-3-8b-qlora.yml.
 
 Command:  jaxlora train configs/llama_3_8b_qlora.py --lora_r=64
-Hardware: one TPU host, or one GPU with 24 GB. Time and memory: not measured yet.
+Hardware: meant for one TPU host, or one GPU with 24 GB. Not measured yet.
 """
 
 from ml_collections import ConfigDict

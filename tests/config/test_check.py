@@ -1,0 +1,146 @@
+import random
+import string
+
+import pytest
+from minimal_configs import LORA, MINIMAL
+
+from jaxlora.config.keys import MAPPED, NO_OP, REFUSED
+from jaxlora.config.load import load_config
+from jaxlora.config.schema import Config
+from jaxlora.core.errors import UserError
+
+
+def error_of(values):
+    with pytest.raises(UserError) as error:
+        load_config(values)
+    return str(error.value)
+
+
+def test_every_problem_of_a_file_is_reported_at_once():
+    values = LORA | {"lora_rr": 1, "fp16": True, "micro_batch_size": 0, "warmup_steps": 0.1}
+    values |= {"load_in_4bit": True, "load_in_8bit": True, "bf16": "maybe"}
+    values["datasets"] = [{"type": "sharegpt"}, 3]
+    lines = error_of(values).splitlines()
+    top = {"lora_rr", "fp16", "micro_batch_size", "warmup_steps", "load_in_8bit", "bf16"}
+    nested = {"datasets[0].path", "datasets[0].type", "datasets[1]"}
+    assert {line.split(": ")[1] for line in lines} == top | nested
+    assert len(lines) == 9
+
+
+def test_missing_keys_are_named():
+    assert [line.split(": ")[1] for line in error_of({}).splitlines()] == [
+        "base_model",
+        "learning_rate",
+        "datasets",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "suggestion"),
+    [
+        ({"lora_rank": 8}, '"lora_r"'),
+        ({"lerning_rate": 1}, '"learning_rate"'),
+        ({"context_parapllel_size": 2}, '"context_parallel_size"'),
+        ({"flash_attentoin": True}, '"flash_attention"'),
+        ({"field_messages": "x"}, "belongs under datasets"),
+        ({"pad_token": "x"}, "belongs under special_tokens"),
+        ({"foreign": {}}, "unknown key"),
+        ({"datasets": [{"path": "x", "type": "alpaca", "splt": "x"}]}, '"split"'),
+        ({"datasets": [{"path": "x", "type": {"field_inptu": "x"}}]}, '"field_input"'),
+        ({"datasets": [{"path": "x", "type": "alpaca", "lora_r": 8}]}, "at the top level"),
+        ({"mesh": {"tensr": 2}}, '"tensor"'),
+        ({"lr_scheduler": "cosin"}, '"cosine"'),
+        ({"optimizer": "adafacto"}, '"adafactor"'),
+        ({7: 1}, "unknown key"),
+    ],
+)
+def test_unknown_word_is_refused_with_a_suggestion(values, suggestion):
+    message = error_of(MINIMAL | values)
+    assert suggestion in message
+    assert "\n" not in message
+
+
+def mistyped(name, rng):
+    """One or two random edits: a letter dropped, added, changed, or two swapped."""
+    for _ in range(rng.choice((1, 2))):
+        i, letter = rng.randrange(len(name)), rng.choice(string.ascii_lowercase)
+        head, tail = name[:i], name[i:]
+        edits = (tail[1:], letter + tail, letter + tail[1:], tail[1:2] + tail[:1] + tail[2:])
+        name = head + rng.choice(edits)
+    return name
+
+
+def test_typos_of_any_key_are_refused_and_suggest_it():
+    rng = random.Random(0)
+    known = [*(set(Config.model_fields) - {"foreign"}), *NO_OP, *REFUSED, *MAPPED]
+    known = sorted(name for name in known if len(name) > 4)
+    typos = [(name, mistyped(name, rng)) for name in rng.choices(known, k=220)]
+    typos = [(name, typo) for name, typo in typos if typo not in known]
+    right = [f'Did you mean "{name}"?' in error_of(MINIMAL | {typo: 1}) for name, typo in typos]
+    assert len(right) >= 200
+    # A typo can be as near to another key, such as fp16 and bf16.
+    assert sum(right) >= 0.95 * len(right)
+
+
+@pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), True, "many", [1.5]])
+def test_numeric_keys_refuse_what_is_no_number_in_range(value):
+    numeric = [
+        name
+        for name, field in Config.model_fields.items()
+        if field.annotation in (int, float, int | None, float | None) or "Ge(" in str(field)
+    ]
+    assert len(numeric) > 10
+    for name in numeric:
+        assert f": {name}: expected" in error_of(LORA | {name: value}), name
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("sequence_len", 1),
+        ("lora_dropout", 1.0),
+        ("learning_rate", 0),
+        ("max_steps", 0),
+        ("num_epochs", 0),
+        ("micro_batch_size", 1_000_000_000),
+        ("micro_batch_size", "4"),
+        ("micro_batch_size", 4.0),
+        ("sample_packing", 1),
+        ("sample_packing", "yes"),
+        ("output_dir", ""),
+        ("output_dir", 1.1),
+        ("mesh", {"fsdp": -2}),
+        ("mesh", {"fsdp": 0}),
+        ("mesh", {"fsdp": -1, "data": -1}),
+        ("mesh", 4),
+        ("datasets", "data.jsonl"),
+        ("datasets", []),
+    ],
+)
+def test_value_out_of_range_is_refused_by_name(key, value):
+    message = error_of(MINIMAL | {key: value})
+    assert key in message
+    assert "\n" not in message
+
+
+def test_quoted_numbers_and_numeric_names_are_read():
+    config = load_config(MINIMAL | {"learning_rate": "2e-5", "wandb_name": 7})
+    assert config.learning_rate == 2e-5
+    assert config.wandb_name == "7"
+
+
+@pytest.mark.parametrize(
+    ("given", "sizes"),
+    [
+        ({}, (1, -1, 1)),
+        ({"fsdp": 4}, (-1, 4, 1)),
+        ({"data": 4}, (4, -1, 1)),
+        ({"data": -1}, (-1, 1, 1)),
+        ({"tensor": 2}, (1, -1, 2)),
+        ({"data": 2, "fsdp": 2}, (2, 2, 1)),
+        ({"tensor": -1}, (1, 1, -1)),
+    ],
+)
+def test_devices_that_are_left_go_to_one_axis(given, sizes):
+    mesh = load_config(MINIMAL | {"mesh": given}).mesh
+    assert (mesh.data, mesh.fsdp, mesh.tensor) == sizes

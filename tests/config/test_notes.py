@@ -1,0 +1,40 @@
+import pytest
+from minimal_configs import LORA, MINIMAL
+
+from jaxlora.config.load import load_config
+from jaxlora.config.notes import notes
+
+TARGETS = LORA | {"lora_target_linear": True}
+
+
+@pytest.mark.parametrize(
+    ("values", "start"),
+    [
+        (MINIMAL | {"optimizer": "adamw_bnb_8bit"}, "optimizer: adamw_bnb_8bit is read as adamw;"),
+        (MINIMAL | {"optimizer": "paged_adamw_32bit"}, "optimizer: paged_adamw_32bit is read as"),
+        (MINIMAL | {"gradient_checkpointing": "offload"}, "gradient_checkpointing: read as remat"),
+        (MINIMAL | {"lora_r": 8}, "lora_r: no effect: adapter is not set"),
+        (LORA, "lora_target_modules: not set"),
+        (TARGETS | {"lora_target_modules": ["q_proj"]}, "lora_target_modules: no effect"),
+        (
+            TARGETS | {"bnb_config_kwargs": {"bnb_4bit_compute_dtype": "bfloat16"}},
+            "bnb_config_kwargs.bnb_4bit_compute_dtype: no effect",
+        ),
+        (
+            TARGETS | {"bnb_config_kwargs": {"bnb_4bit_use_double_quant": True}},
+            "bnb_config_kwargs.bnb_4bit_use_double_quant: no effect",
+        ),
+        (
+            MINIMAL | {"datasets": [{"path": "x", "type": "alpaca", "ds_type": "json"}]},
+            "datasets[0].ds_type: no effect",
+        ),
+    ],
+)
+def test_key_without_its_plain_effect_is_noted_once(values, start):
+    lines = notes(load_config(values))
+    assert len(lines) == 1
+    assert lines[0].startswith(start)
+
+
+def test_nothing_is_noted_of_keys_that_act():
+    assert notes(load_config(TARGETS)) == notes(load_config(MINIMAL)) == []

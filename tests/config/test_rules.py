@@ -1,0 +1,85 @@
+import pytest
+from minimal_configs import LORA, MINIMAL
+
+from jaxlora.config.load import load_config
+from jaxlora.core.errors import UserError
+
+QLORA = LORA | {"adapter": "qlora", "load_in_4bit": True}
+HELD_OUT = {"val_set_size": 0.1}
+CONFLICTS = [
+    ("val_set_size", {"val_set_size": 1.5}),
+    ("val_set_size", HELD_OUT | {"test_datasets": MINIMAL["datasets"]}),
+    ("evals_per_epoch", {"evals_per_epoch": 1}),
+    ("eval_steps", {"eval_steps": 10}),
+    ("eval_strategy", {"eval_strategy": "epoch"}),
+    ("eval_exact_match", {"eval_exact_match": True}),
+    (
+        "eval_exact_match",
+        HELD_OUT | {"eval_exact_match": True, "datasets": [{"path": "x", "type": "completion"}]},
+    ),
+    ("save_steps", {"save_steps": 10, "saves_per_epoch": 1}),
+    ("save_steps", {"save_steps": 1.5}),
+    ("eval_steps", HELD_OUT | {"eval_steps": 10, "evals_per_epoch": 1}),
+    ("save_strategy", {"save_strategy": "epoch", "save_steps": 10}),
+    ("save_strategy", {"save_strategy": "no", "saves_per_epoch": 1}),
+    ("save_strategy", {"save_strategy": "steps"}),
+    ("eval_strategy", HELD_OUT | {"eval_strategy": "no", "eval_steps": 10}),
+    ("batch_size", {"batch_size": 8, "gradient_accumulation_steps": 2}),
+    ("batch_size", {"batch_size": 8, "micro_batch_size": 3}),
+    ("warmup_steps", {"warmup_steps": 10, "warmup_ratio": 0.1}),
+    ("cosine_min_lr_ratio", {"cosine_min_lr_ratio": 0.1, "lr_scheduler": "linear"}),
+    ("lora_model_dir", {"lora_model_dir": "x"}),
+    ("lora_r", LORA | {"lora_r": None}),
+    ("lora_alpha", LORA | {"lora_alpha": None}),
+    ("reinit_weights", LORA | {"reinit_weights": True}),
+    ("lora_target_modules", LORA | {"lora_target_modules": "("}),
+    ("lora_target_modules", LORA | {"lora_target_modules": ["embed"], "lora_target_linear": True}),
+    ("load_in_8bit", LORA | {"load_in_8bit": True, "load_in_4bit": True}),
+    ("quantization", LORA | {"quantization": "int8", "load_in_4bit": True}),
+    ("quantization", LORA | {"quantization": "nf4", "load_in_8bit": True}),
+    ("quantization", {"quantization": "nf4"}),
+    ("load_in_4bit", {"load_in_4bit": True}),
+    ("load_in_8bit", {"load_in_8bit": True}),
+    ("adapter", LORA | {"adapter": "qlora"}),
+    ("adapter", LORA | {"adapter": "qlora", "load_in_8bit": True}),
+    (
+        "bnb_config_kwargs",
+        QLORA | {"quantization": "int4", "bnb_config_kwargs": {"bnb_4bit_quant_type": "nf4"}},
+    ),
+    ("optimizer", {"optimizer": "galore_adamw"}),
+    ("remat", {"remat": "none", "gradient_checkpointing": True}),
+    ("remat", {"remat": "full", "gradient_checkpointing": False}),
+    ("chat_template", {"chat_template": "jinja"}),
+    ("chat_template_jinja", {"chat_template": "chatml", "chat_template_jinja": "{{x}}"}),
+    (
+        "datasets[0].chat_template",
+        {"datasets": [{"path": "x", "type": "alpaca", "chat_template": "jinja"}]},
+    ),
+]
+
+
+@pytest.mark.parametrize(("key", "values"), CONFLICTS)
+def test_conflict_is_refused_in_one_line_naming_the_key(key, values):
+    with pytest.raises(UserError) as error:
+        load_config(MINIMAL | values)
+    assert str(error.value).startswith(f"configuration: {key}: ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        QLORA,
+        QLORA | {"quantization": "int4"},
+        LORA | {"load_in_8bit": True},
+        LORA | {"lora_target_modules": ["q_proj"], "lora_target_linear": True},
+        HELD_OUT | {"eval_steps": 0.25, "eval_strategy": "steps"},
+        {"evals_per_epoch": 1, "eval_strategy": "no"} | {"evals_per_epoch": None},
+        {"evals_per_epoch": 0, "warmup_steps": 0},
+        {"val_set_size": 100},
+        {"chat_template": "jinja", "chat_template_jinja": "{{ messages }}"},
+        {"remat": "full", "gradient_checkpointing": True},
+    ],
+)
+def test_what_agrees_is_accepted(values):
+    load_config(MINIMAL | values)

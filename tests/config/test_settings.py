@@ -1,0 +1,67 @@
+import dataclasses
+
+from minimal_configs import LORA, MINIMAL
+
+from jaxlora.config.load import load_config
+from jaxlora.config.settings import data_options, held_out_specs, lora_config, train_specs
+from jaxlora.data.prompts import CustomPrompt
+from jaxlora.data.spec import TYPES, DatasetSpec
+
+
+def test_adapter_options_reach_the_lora_floor():
+    extra = {"lora_dropout": 0.1, "peft_use_rslora": True, "peft_use_dora": True}
+    extra |= {"lora_target_modules": ["k_proj"], "peft_layers_to_transform": 3}
+    lora = lora_config(load_config(LORA | extra))
+    assert (lora.r, lora.alpha, lora.dropout) == (8, 16.0, 0.1)
+    assert (lora.target_modules, lora.layers_to_transform) == (("k_proj",), (3,))
+    assert lora.use_rslora
+    assert lora.use_dora
+    assert lora_config(load_config(MINIMAL)) is None
+
+
+def test_every_type_of_the_data_floor_is_accepted():
+    for kind in TYPES:
+        config = load_config(MINIMAL | {"datasets": [{"path": "x", "type": kind}]})
+        assert train_specs(config)[0].type == kind
+
+
+def test_custom_prompt_has_the_defaults_of_the_data_floor():
+    config = load_config(MINIMAL | {"datasets": [{"path": "x", "type": {"field_output": "ref"}}]})
+    custom = CustomPrompt.of(train_specs(config)[0].type)
+    assert custom == dataclasses.replace(CustomPrompt(), field_output="ref")
+
+
+def test_data_set_entries_reach_the_data_floor():
+    entry = {"path": "x", "type": "chat_template", "split": "dev", "name": "n", "revision": "r"}
+    entry |= {"data_files": ["a", "b"], "field_messages": "turns", "train_on_eos": "last"}
+    entry |= {"message_field_role": "from", "roles": {"user": ["me"]}, "roles_to_train": ["bot"]}
+    entry |= {"chat_template": "jinja", "chat_template_jinja": "{{ x }}", "field": "f"}
+    assert held_out_specs(load_config(MINIMAL | {"test_datasets": [entry]})) == (
+        DatasetSpec(
+            path="x",
+            type="chat_template",
+            split="dev",
+            data_files=("a", "b"),
+            name="n",
+            revision="r",
+            field="f",
+            field_messages="turns",
+            message_property_mappings={"role": "from"},
+            roles={"user": ("me",)},
+            roles_to_train=("bot",),
+            train_on_eos="last",
+            chat_template="{{ x }}",
+        ),
+    )
+
+
+def test_data_options_reach_the_data_floor():
+    extra = {"sequence_len": 64, "train_on_inputs": True, "sample_packing": True, "seed": 3}
+    extra |= {"val_set_size": 0.1, "excess_length_strategy": "raise", "eot_tokens": ["<e>"]}
+    extra |= {"dataset_prepared_path": "p", "chat_template": "chatml"}
+    options = data_options(load_config(MINIMAL | extra | {"shuffle_merged_datasets": False}))
+    for key, value in (extra | {"eot_tokens": ("<e>",)}).items():
+        assert getattr(options, key) == value, key
+    assert options.pad_to_sequence_len
+    assert options.eval_sample_packing
+    assert not options.shuffle

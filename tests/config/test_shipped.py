@@ -1,0 +1,63 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from jaxlora.config import derived
+from jaxlora.config.load import dump_config, load_config
+from jaxlora.config.notes import notes
+from jaxlora.config.settings import data_options, lora_config, train_specs
+
+FOLDER = Path(__file__).parents[2] / "configs"
+FILES = sorted(path for path in FOLDER.iterdir() if path.suffix in (".yml", ".py"))
+
+
+def test_the_shipped_set_is_complete():
+    names = {path.name for path in FILES}
+    assert names >= {
+        "quickstart.yml",
+        "llama-3-8b-lora.yml",
+        "llama-3-8b-qlora.yml",
+        "llama-2-7b-qlora.yml",
+        "mistral-7b-lora.yml",
+        "mistral-7b-qlora.yml",
+        "full-fine-tune.yml",
+        "continued-pretraining.yml",
+        "llama_3_8b_qlora.py",
+    }
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_shipped_file_loads_without_a_note_from_anywhere(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(path)
+    assert notes(config) == []
+    assert load_config(config.model_dump(exclude_unset=True, exclude={"foreign"})) == config
+    assert dump_config(config)
+    assert train_specs(config)
+    assert data_options(config).sequence_len == config.sequence_len
+    assert (lora_config(config) is None) == (config.adapter is None)
+    assert derived.total_steps(config, 10) > 0
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_shipped_file_says_how_to_run_itself(path):
+    head = path.read_text()[:600]
+    assert re.search(rf"Command: +jaxlora train configs/{re.escape(path.name)}", head)
+    assert "Hardware:" in head
+
+
+def test_quickstart_finds_its_files_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(FOLDER / "quickstart.yml")
+    assets = FOLDER.parent / "jaxlora" / "assets"
+    assert config.base_model == str(assets / "tiny-llama")
+    assert config.datasets[0].path == str(assets / "quickstart" / "train.jsonl")
+    assert config.test_datasets[0].path == str(assets / "quickstart" / "test.jsonl")
+    assert config.output_dir == "outputs/quickstart"
+
+
+def test_python_and_yaml_files_of_one_run_are_equal():
+    assert load_config(FOLDER / "llama_3_8b_qlora.py") == load_config(
+        FOLDER / "llama-3-8b-qlora.yml"
+    )
