@@ -50,6 +50,7 @@ def make_train_step(
     targets: Mapping[str, Target],
     optimizer: optax.GradientTransformation,
     seed_key: jax.Array,
+    like: tuple[Tree, Any],
 ) -> Callable[..., tuple[Tree, Any, Metrics]]:
     """Returns ``step(trainable, opt_state, frozen, batch, number)``, jitted, its state donated.
 
@@ -62,7 +63,10 @@ def make_train_step(
       targets: of the adapter.
       optimizer: from `jaxlora.optim.optimizers`.
       seed_key: typed PRNG key; step and micro-batch numbers are folded into it.
+      like: ``(trainable, opt_state)`` as they will come in; they go out placed the same way, so
+        that the second step does not compile anew.
     """
+    placed = jax.tree.map(lambda x: x.sharding, like)
 
     def step(trainable, opt_state, frozen, batch: Batch, number: Int[Array, ""]):
         step_key = jax.random.fold_in(seed_key, number)
@@ -91,7 +95,7 @@ def make_train_step(
         trainable, opt_state = jax.tree.map(keep, (updated, new_opt_state), (trainable, opt_state))
         return trainable, opt_state, {"loss": loss, "grad_norm": norm, "trained_tokens": tokens}
 
-    return jax.jit(step, donate_argnums=(0, 1))
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=(*placed, None))
 
 
 def make_eval_step(decoder: Decoder, targets: Mapping[str, Target]) -> Callable[..., Any]:
