@@ -9,6 +9,8 @@ from jaxlora.data.spec import DataOptions, DatasetSpec
 
 ALPACA = [{"instruction": f"Do {i}", "output": f"Done {i}."} for i in range(4)]
 TALK = [
+    {"role": "user", "content": "Q0"},
+    {"role": "assistant", "content": "A0"},
     {"role": "user", "content": "Q1"},
     {"role": "assistant", "content": "A1"},
     {"role": "user", "content": "Q2"},

@@ -168,6 +168,12 @@ def test_what_cannot_be_found_is_refused_not_guessed():
         trained(ChatTemplate(FORGETFUL), talk)
 
 
+def test_an_answer_that_is_written_twice_is_refused():
+    twice = "{% for m in messages %}{{ m['content'] }}|{{ m['content'] }}{% endfor %}"
+    with pytest.raises(TemplateError, match="rewrites earlier turns"):
+        trained(ChatTemplate(twice + "{{ messages | length }}"))
+
+
 def test_generation_markers_are_used_where_prefixes_fail():
     marked = FORGETFUL.replace(
         "{% if not loop.last and", "{% generation %}{% if not loop.last and"
