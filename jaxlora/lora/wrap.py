@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jaxlora.core.tree import flatten, unflatten
+from jaxlora.core.tree import flatten, replace
 from jaxlora.lora.targets import Target
 from jaxlora.lora.transform import merge
 from jaxlora.ops.matmul import materialize
@@ -36,7 +36,7 @@ def wrap(apply_fn: Callable[..., Any], targets: Mapping[str, Target]) -> Callabl
         def run(adapter):
             merged = merge(jax.lax.stop_gradient(params), adapter, targets)
             plain = {path: materialize(leaf) for path, leaf in flatten(merged).items()}
-            return apply_fn(unflatten(plain), *args, **kwargs)
+            return apply_fn(replace(merged, plain), *args, **kwargs)
 
         return run(adapter)
 
