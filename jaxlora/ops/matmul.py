@@ -50,14 +50,20 @@ def materialize(weight: Weight, dtype: DType | None = None) -> Float[Array, "*le
     base = materialize(weight.base)
     merged = _merged(weight, base)
     if weight.magnitude is not None:
-        norm = jnp.linalg.norm(merged, axis=-2)
-        merged = merged * (weight.magnitude / norm)[..., None, :]
+        merged = merged * _dora_gain(weight, merged)[..., None, :]
     return merged.astype(dtype or base.dtype)
 
 
 def _merged(weight: LoraArray, base: Float[Array, "*lead I O"]) -> Float[Array, "*lead I O"]:
     low_rank = jnp.matmul(weight.a, weight.b, precision="highest")
     return base.astype(jnp.float32) + weight.scale[..., None, None] * low_rank
+
+
+def _dora_gain(weight: LoraArray, merged: Float[Array, "*lead I O"]) -> Float[Array, "*lead O"]:
+    # The norm is a constant for the gradient (DoRA paper, section 4.3).
+    norm = jnp.linalg.norm(jax.lax.stop_gradient(merged), axis=-2)
+    # A layer that the rules leave out has scale 0: it must not train a magnitude either.
+    return jnp.where(weight.scale[..., None] == 0, 1.0, weight.magnitude / norm)
 
 
 @jax.custom_vjp
@@ -84,9 +90,7 @@ def _lora_matmul(x, w: LoraArray):
     low_rank = _low_rank_matmul(dropped, w.a, w.b, w.scale)
     if w.magnitude is None:
         return base + low_rank
-    # DoRA: the norm of base + scale * a @ b is a constant for the gradient (paper, section 4.3).
-    norm = jnp.linalg.norm(jax.lax.stop_gradient(_merged(w, materialize(w.base))), axis=-2)
-    gain = (w.magnitude / norm).astype(x.dtype)
+    gain = _dora_gain(w, _merged(w, materialize(w.base))).astype(x.dtype)
     if w.key is None:
         return gain * (base + low_rank)
     # With dropout PEFT drops the input of the rescaled base too; so do we, to train the same model.
