@@ -106,26 +106,32 @@ def targets_of_tree(
     for path, leaf in flatten(params).items():
         *parents, last = path.split("/")
         axes = getattr(leaf, "ndim", 0)
+        if last in ("bias", "scale"):  # may have several axes too, but is no matrix
+            continue
         linear = axes == 2 and last != "embedding"
         if linear or (axes >= 2 and config.target_modules != ALL_LINEAR):
             named = parents if last in ("kernel", "weight", "embedding") else [*parents, last]
             modules[path] = [".".join(named)]
     targets = match(modules, config)
     for suffix, count in (in_axes or {}).items():
-        for path, target in targets.items():
-            if _is_suffix(suffix, target.modules[0]):
-                targets[path] = dataclasses.replace(target, in_axes=count)
+        paths = [path for path, t in targets.items() if _is_suffix(suffix, t.modules[0])]
+        if not paths:
+            raise UserError(f"in_axes: {suffix!r} matches no module that is adapted.")
+        for path in paths:
+            targets[path] = dataclasses.replace(targets[path], in_axes=count)
     return targets
 
 
 def _selected(module: str, config: LoraConfig) -> bool:
     if config.exclude_modules and _matches(config.exclude_modules, module):
         return False
-    if config.layers_to_transform:
-        number = re.search(r"\.(\d+)\.", module)
-        if number is None or int(number[1]) not in config.layers_to_transform:
-            return False
-    return _matches(config.target_modules, module)
+    rule = config.target_modules
+    # As in PEFT, a module named by its whole path is taken whatever its layer.
+    named = not isinstance(rule, str) and module in rule
+    layers = config.layers_to_transform
+    if layers and not named and _layer_number(module) not in layers:
+        return False
+    return _matches(rule, module)
 
 
 def _matches(rule: tuple[str, ...] | str, module: str) -> bool:
@@ -147,29 +153,47 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     return default
 
 
+def _layer_number(module: str) -> int | None:
+    number = re.search(r"\.(\d+)\.", module)
+    return None if number is None else int(number[1])
+
+
 def _refuse_unmatched(modules: Sequence[str], config: LoraConfig) -> None:
-    leaves = sorted({module.rpartition(".")[2] for module in modules})
-    known = ", ".join(leaves)
-    rule = config.target_modules
+    _refuse_unmatched_rule("lora_target_modules", config.target_modules, modules)
+    if config.exclude_modules:
+        _refuse_unmatched_rule("exclude_modules", config.exclude_modules, modules)
+    layers = sorted({number for m in modules if (number := _layer_number(m)) is not None})
+    for layer in config.layers_to_transform:
+        if layer not in layers:
+            have = f"from {layers[0]} to {layers[-1]}" if layers else "none with a number"
+            raise UserError(f"layers_to_transform: no layer {layer}; the model has {have}.")
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, name):
+            if not any(re.match(rf"^(.*\.)?({pattern})$", module) for module in modules):
+                raise UserError(
+                    f"{name}: {pattern!r} matches no module; modules: {_last_names(modules)}."
+                )
+
+
+def _refuse_unmatched_rule(key: str, rule: tuple[str, ...] | str, modules: Sequence[str]) -> None:
     if isinstance(rule, str):
         try:
             if any(_matches(rule, module) for module in modules):
                 return
         except re.error as error:
-            raise UserError(
-                f"lora_target_modules: bad regular expression {rule!r}: {error}."
-            ) from None
+            raise UserError(f"{key}: bad regular expression {rule!r}: {error}.") from None
         raise UserError(
-            f"lora_target_modules: regular expression {rule!r} matches no module path such as "
-            f"{modules[0]!r}; modules: {known}."
+            f"{key}: regular expression {rule!r} matches no module path such as "
+            f"{modules[0]!r}; modules: {_last_names(modules)}."
         )
     for suffix in rule:
         if not any(_is_suffix(suffix, module) for module in modules):
+            names = _last_names(modules)
             raise UserError(
-                f"lora_target_modules: {suffix!r} matches no module."
-                f"{did_you_mean(suffix.rpartition('.')[2], leaves)} Modules: {known}."
+                f"{key}: {suffix!r} matches no module."
+                f"{did_you_mean(suffix.rpartition('.')[2], names.split(', '))} Modules: {names}."
             )
-    for name in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, name):
-            if not any(re.match(rf"^(.*\.)?({pattern})$", module) for module in modules):
-                raise UserError(f"{name}: {pattern!r} matches no module; modules: {known}.")
+
+
+def _last_names(modules: Sequence[str]) -> str:
+    return ", ".join(sorted({module.rpartition(".")[2] for module in modules}))
