@@ -33,3 +33,18 @@ def test_replace_changes_and_adds_leaves_and_leaves_its_argument_alone():
 def test_replace_shares_untouched_leaves():
     leaf = object()
     assert replace({"a": leaf, "b": 1}, {"b": 2})["a"] is leaf
+
+
+def test_replace_keeps_keys_that_are_numbers():
+    layers = {"layers": {number: {"w": number} for number in range(12)}}
+    changed = replace(layers, {"layers/10/w": "new"})
+    assert list(changed["layers"]) == list(range(12))
+    assert changed["layers"][10] == {"w": "new"}
+    assert changed["layers"][2] == {"w": 2}
+
+
+def test_replace_keeps_empty_branches():
+    assert replace({"params": {"w": 1}, "stats": {}}, {"params/w": 2}) == {
+        "params": {"w": 2},
+        "stats": {},
+    }
