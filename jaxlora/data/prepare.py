@@ -201,30 +201,32 @@ def _write(
     progress: Progress | None,
 ) -> tuple[list[SourceReport], list[int]]:
     """Writes one table; returns the reports and the row number of each example."""
-    writer, reports, row_of = TableWriter(folder), [], []
-    for spec in specs:
-        read = kept = truncated = tokens = 0
-        dropped: dict[str, int] = {}
-        first, before = len(writer), sum(report.read for report in reports)
-        for _, examples, why in examples_of(spec, options, encoder):
-            read += 1
-            kept += bool(examples)
-            truncated += why == "truncated"
-            if not examples:
-                assert why is not None
-                dropped[why] = dropped.get(why, 0) + 1
-            for example in examples:
-                writer.add(*example)
-                tokens += len(example[0])
-                row_of.append(before + read)
-            if progress is not None and read % _CHUNK == 0:
-                progress(read, tokens)
-        examples_added = len(writer) - first
-        reports.append(
-            SourceReport(spec.path, spec.split, read, kept, dropped, truncated, examples_added)
-        )
-        refuse_nothing(reports[-1])
-    writer.close()
+    reports: list[SourceReport] = []
+    row_of: list[int] = []
+    tokens = 0
+    with TableWriter(folder) as writer:
+        for spec in specs:
+            before, first = sum(report.read for report in reports), len(writer)
+            read = kept = truncated = 0
+            dropped: dict[str, int] = {}
+            for _, examples, why in examples_of(spec, options, encoder):
+                read += 1
+                kept += bool(examples)
+                truncated += why == "truncated"
+                if not examples:
+                    assert why is not None
+                    dropped[why] = dropped.get(why, 0) + 1
+                for example in examples:
+                    writer.add(*example)
+                    tokens += len(example[0])
+                    row_of.append(before + read)
+                if progress is not None and read % _CHUNK == 0:
+                    progress(before + read, tokens)
+            added = len(writer) - first
+            reports.append(
+                SourceReport(spec.path, spec.split, read, kept, dropped, truncated, added)
+            )
+            refuse_nothing(reports[-1])
     return reports, row_of
 
 
@@ -241,10 +243,9 @@ def _hold_out(out: Path, row_of: np.ndarray, options: DataOptions) -> None:
     held = np.isin(row_of, chosen)
     everything = TokenTable.load(out / "train")
     for name, mask in (("split", ~held), ("evaluation", held)):
-        writer = TableWriter(out / name)
-        for index in np.flatnonzero(mask).tolist():
-            writer.add(*everything[index])
-        writer.close()
+        with TableWriter(out / name) as writer:
+            for index in np.flatnonzero(mask).tolist():
+                writer.add(*everything[index])
     del everything
     for file in (out / "train").iterdir():
         file.unlink()

@@ -83,7 +83,10 @@ class TokenTable:
 
 
 class TableWriter:
-    """Writes a table example by example in memory that does not grow with the tokens."""
+    """Writes a table example by example in memory that does not grow with the tokens.
+
+    Used in a `with` block; the table can be loaded after its end.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,7 +112,16 @@ class TableWriter:
     def __len__(self) -> int:
         return len(self._lengths)
 
-    def close(self) -> None:
+    def __enter__(self) -> "TableWriter":
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if error is None:
+            self._finish()
+        for file in self._files.values():
+            file.close()
+
+    def _finish(self) -> None:
         """Writes the final headers and the offsets."""
         offsets = np.zeros(len(self._lengths) + 1, np.int64)
         np.cumsum(self._lengths, out=offsets[1:])
@@ -117,7 +129,6 @@ class TableWriter:
             # The header is padded by numpy to a length that does not depend on the count.
             file.seek(0)
             _write_header(file, _NAMES[name], int(offsets[-1]))
-            file.close()
         np.save(self.folder / "offsets.npy", offsets, allow_pickle=False)
 
 

@@ -63,12 +63,10 @@ cache.open_or_build(Path(sys.argv[1]), "k", build)
 
 
 def test_a_killed_build_leaves_no_usable_half(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "building\n"
-    process.kill()
-    process.wait()
+    command = [sys.executable, "-c", SLOW, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "building\n"
+        process.kill()
     left = [path.name for path in tmp_path.iterdir()]
     assert left == [f".k.{process.pid}.tmp"]
     _, _, found = cache.open_or_build(tmp_path, "k", build)

@@ -8,10 +8,9 @@ EXAMPLES = [([1, 5, 2], [0, 1, 1]), ([7], [0]), ([3, 4], [0, 1])]
 
 
 def written(folder) -> TokenTable:
-    writer = TableWriter(folder)
-    for tokens, trained in EXAMPLES:
-        writer.add(np.array(tokens, np.int32), np.array(trained, np.uint8))
-    writer.close()
+    with TableWriter(folder) as writer:
+        for tokens, trained in EXAMPLES:
+            writer.add(np.array(tokens, np.int32), np.array(trained, np.uint8))
     return TokenTable.load(folder)
 
 
