@@ -129,8 +129,10 @@ def test_nf4_ties_equal_bitsandbytes():
     # Magnitudes whose reciprocal is exact and one whose is not.
     weight = np.stack([row, row * np.float32(0.25), row * np.float32(3), -row])
     check_nf4(torch.from_numpy(weight), double_quant=False)
-    # Short last blocks are divided, not multiplied by the reciprocal.
-    check_nf4(torch.from_numpy(np.ascontiguousarray(weight[:, :50] * 3)), double_quant=False)
+    # A short last block is divided by its magnitude, not multiplied by the reciprocal.
+    for magnitude in (3, 5, 7, 11, 13):
+        short = torch.from_numpy(row[None, :50] * np.float32(magnitude))
+        check_nf4(short, double_quant=False, read=False)
 
 
 def test_nf4_offset_equals_torch_mean_at_every_length():
@@ -142,11 +144,20 @@ def test_nf4_offset_equals_torch_mean_at_every_length():
         check_nf4(weight, double_quant=True, read=False)
 
 
-def test_nf4_offset_equals_torch_mean_of_a_large_matrix():
+def test_nf4_double_quantization_equals_bitsandbytes_on_large_matrices():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # from 32768 blocks on torch's own sum depends on their number
     try:
         check_nf4(random_weight((1100, 2048)), double_quant=True, read=False)
+        # Above 2**24 blocks (a matrix of 1e9 weights) torch's carries grow longer than 16 rows.
+        magnitudes = torch.rand(2**24 + 40005, generator=torch.Generator().manual_seed(0))
+        assert_same_bits(nf4._mean(magnitudes.numpy()), magnitudes.mean())
+        # Enough scales to come close to every threshold of the dynamic map.
+        magnitudes = magnitudes[: 2**21]
+        ours = nf4._double_quantize(magnitudes.numpy())
+        codes, state = functional.quantize_blockwise(magnitudes - magnitudes.mean(), blocksize=256)
+        assert_same_bits(ours.codes, codes)
+        assert_same_bits(ours.absmax, state.absmax)
     finally:
         torch.set_num_threads(threads)
 
