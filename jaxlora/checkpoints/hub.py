@@ -25,9 +25,9 @@ def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
     """
     text = os.fspath(path_or_id)
     folder = Path(text).expanduser()
-    if folder.is_dir():
+    if text and folder.is_dir():
         return folder
-    if folder.exists():
+    if text and folder.exists():
         raise UserError(f"{text} is a file; expected the folder that holds it, or a hub id.")
     if not _HUB_ID.fullmatch(text):
         raise UserError(

@@ -1,0 +1,210 @@
+"""Adapters out to PEFT's folder layout and back, bit for bit."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlora.checkpoints.atomic import staged
+from jaxlora.checkpoints.peft_config import CONFIG_FILE, read_config, write_config
+from jaxlora.checkpoints.tensors import TensorFiles
+from jaxlora.checkpoints.write import write_tensors
+from jaxlora.core.errors import UserError
+from jaxlora.lora.config import LoraConfig
+from jaxlora.lora.targets import ALL_LINEAR, Target, match
+from jaxlora.lora.transform import Adapter
+from jaxlora.models.parameters import ParamSpec
+
+_PREFIX = "base_model.model."
+_SUFFIXES = {
+    "a": ".lora_A.weight",
+    "b": ".lora_B.weight",
+    "magnitude": ".lora_magnitude_vector",
+}
+_FINGERPRINT = "jaxlora_base"
+# Tensors of PEFT features that jaxlora does not have, and their names.
+_UNSUPPORTED = {
+    "lora_embedding_": "an adapter on an embedding",
+    ".lora_B.bias": "lora_bias",
+    ".base_layer.": "weights of the base (bias: all or lora_only, or a resized embedding)",
+    "token_adapter": "trainable_token_indices",
+    "lora_": "an adapter",
+}
+
+
+def save_adapter(
+    folder: Path,
+    adapter: Mapping[str, Mapping[str, Any]],
+    targets: Mapping[str, Target],
+    config: LoraConfig,
+    *,
+    base_name: str,
+    revision: str | None = None,
+    fingerprint: str | None = None,
+) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors (float32), both whole or not at all.
+
+    Args:
+      folder: made if need be; other files in it stay.
+      adapter: the trained arrays.
+      targets: the targets it was made for.
+      config: the options the targets were made from.
+      base_name: folder or hub id of the base model, for readers.
+      revision: its revision on the hub.
+      fingerprint: `base_fingerprint` of the base; `load_adapter` refuses other bases by it.
+
+    Raises:
+      UserError: a value is not finite, or the folder cannot be written.
+    """
+    leaves = {path: {k: np.asarray(x) for k, x in pair.items()} for path, pair in adapter.items()}
+    tensors = {
+        key: _peft_tensor(leaves[path][part], targets[path], layer, part)
+        for path, part, layer, key in _entries(targets)
+    }
+    for key, values in tensors.items():
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"{key}: has values that are not finite (training diverged); the adapter was not "
+                "written. Lower learning_rate or resume from an earlier checkpoint."
+            )
+    metadata = {"format": "pt"} | ({_FINGERPRINT: fingerprint} if fingerprint else {})
+    with staged(Path(folder)) as stage:
+        write_tensors(
+            stage / "adapter_model.safetensors",
+            {key: values.shape for key, values in tensors.items()},
+            tensors.__getitem__,
+            dtype=np.dtype(np.float32),
+            metadata=metadata,
+        )
+        write_config(stage / CONFIG_FILE, targets, config, base_name=base_name, revision=revision)
+
+
+def _entries(targets: Mapping[str, Target]) -> Iterator[tuple[str, str, int, str]]:
+    """``(leaf path, "a" | "b" | "magnitude", layer, PEFT's key)`` of every tensor."""
+    for path, target in sorted(targets.items()):
+        for layer, (module, rank) in enumerate(zip(target.modules, target.ranks, strict=True)):
+            for part, suffix in _SUFFIXES.items():
+                if rank and (part != "magnitude" or target.dora):
+                    yield path, part, layer, f"{_PREFIX}{module}{suffix}"
+
+
+def _peft_tensor(leaf: np.ndarray, target: Target, layer: int, part: str) -> np.ndarray:
+    values = leaf[layer] if target.stacked else leaf
+    rank = target.ranks[layer]
+    if part == "a":
+        values = values[:, :rank].T
+    elif part == "b":
+        values = values[:rank].T
+    return np.ascontiguousarray(values, np.float32)
+
+
+def load_adapter(
+    folder: Path, specs: Mapping[str, ParamSpec], *, fingerprint: str | None = None
+) -> tuple[Adapter, dict[str, Target], LoraConfig]:
+    """Returns ``(adapter, targets, config)`` of a PEFT adapter folder, ours or PEFT's own.
+
+    Args:
+      folder: holds adapter_config.json and adapter_model.safetensors.
+      specs: `jaxlora.models.parameters.describe` of the base model.
+      fingerprint: `base_fingerprint` of the base. An adapter that records another one is refused;
+        adapters from elsewhere record none.
+
+    Raises:
+      UserError: missing, extra or misshapen tensors, another base, an unsupported feature.
+    """
+    folder = Path(folder)
+    config = read_config(folder / CONFIG_FILE)
+    files = TensorFiles(folder, "adapter_model")
+    recorded = files.metadata.get(_FINGERPRINT)
+    if fingerprint and recorded and recorded != fingerprint:
+        raise UserError(
+            f"{folder}: this adapter was trained on another base model of the same shape; expected "
+            "the base named in its adapter_config.json (base_model_name_or_path)."
+        )
+    targets = _match(folder, files, specs, config)
+    _check(files, specs, targets)
+    adapter = {}
+    for path, part, layer, key in _entries(targets):
+        target = targets[path]
+        leaf = adapter.setdefault(path, _zeros(specs[path], target))[part]
+        values = files.read(key).astype(np.float32)
+        where = leaf[layer] if target.stacked else leaf
+        if part == "a":
+            where[:, : target.ranks[layer]] = values.T
+        elif part == "b":
+            where[: target.ranks[layer]] = values.T
+        else:
+            where[:] = values
+    adapter = {path: {k: jnp.asarray(x) for k, x in pair.items()} for path, pair in adapter.items()}
+    return adapter, targets, config
+
+
+def _match(
+    folder: Path, files: TensorFiles, specs: Mapping[str, ParamSpec], config: LoraConfig
+) -> dict[str, Target]:
+    kinds = ("linear",) if config.target_modules == ALL_LINEAR else ("linear", "head")
+    modules = {path: spec.modules() for path, spec in specs.items() if spec.kind in kinds}
+    if not isinstance(config.target_modules, str):
+        # PEFT lets a list name modules that a model does not have, as one list serves many models.
+        known = [f".{name}" for names in modules.values() for name in names]
+        known += [key.partition(".lora_")[0] for key in files.info]
+        rules = [r for r in config.target_modules if any(n.endswith(f".{r}") for n in known)]
+        config = dataclasses.replace(config, target_modules=tuple(rules))
+    stacked = [path for path, spec in specs.items() if spec.layers is not None]
+    try:
+        targets = match(modules, config, stacked)
+    except UserError as error:
+        raise UserError(
+            f"{folder / CONFIG_FILE}: the adapter does not fit this base model: {error}"
+        ) from error
+    for target in targets.values():
+        if target.dora and 0 in target.ranks:
+            raise UserError(
+                f"{folder / CONFIG_FILE}: use_dora on some layers only is not supported; expected "
+                "every layer of an adapted module to be adapted."
+            )
+    return targets
+
+
+def _zeros(spec: ParamSpec, target: Target) -> dict[str, np.ndarray]:
+    lead = spec.full_shape[:-2]
+    in_dim, out_dim = spec.shape
+    shapes = {"a": (*lead, in_dim, target.rank), "b": (*lead, target.rank, out_dim)}
+    if target.dora:
+        shapes["magnitude"] = (*lead, out_dim)
+    return {part: np.zeros(shape, np.float32) for part, shape in shapes.items()}
+
+
+def _check(
+    files: TensorFiles, specs: Mapping[str, ParamSpec], targets: Mapping[str, Target]
+) -> None:
+    """Compares names and shapes before anything is read; PEFT itself would only warn."""
+    expected = {}
+    for path, part, layer, key in _entries(targets):
+        (in_dim, out_dim), rank = specs[path].shape, targets[path].ranks[layer]
+        expected[key] = {"a": (rank, in_dim), "b": (out_dim, rank), "magnitude": (out_dim,)}[part]
+    where = files.folder / "adapter_model.safetensors"
+    extra = [key for key in files.info if key not in expected]
+    if extra:
+        named = [text for sign, text in _UNSUPPORTED.items() if sign in extra[0]]
+        what = named[0] if named else "weights of whole modules (modules_to_save)"
+        raise UserError(
+            f"{where}: {extra[0]} ({len(extra)} such tensors) has no place: {what} that this base "
+            "model or adapter_config.json does not allow for."
+        )
+    missing = [key for key in expected if key not in files.info]
+    if missing:
+        raise UserError(
+            f"{where}: {missing[0]} is missing ({len(missing)} tensors in all), though "
+            "adapter_config.json selects its module; export the adapter again."
+        )
+    for key, shape in expected.items():
+        found = files.info[key].shape
+        if found != shape:
+            raise UserError(
+                f"{where}: {key} has shape {list(found)}; expected {list(shape)}: the adapter is "
+                "for another base model, or its config for another rank."
+            )

@@ -1,0 +1,179 @@
+"""adapter_config.json: PEFT's words for an adapter, written and read."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxlora.core.errors import UserError
+from jaxlora.lora.config import LoraConfig
+from jaxlora.lora.targets import Target
+
+CONFIG_FILE = "adapter_config.json"
+
+# What every PEFT since 0.10 and vLLM know. `init_lora_weights` is true because readers that find a
+# matrix missing would otherwise leave it random.
+_CONSTANT: dict[str, Any] = {
+    "auto_mapping": None,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+}
+# Keys we read, and keys that say nothing about what the adapter computes.
+_READ = frozenset(
+    """
+    r lora_alpha lora_dropout target_modules exclude_modules layers_to_transform layers_pattern
+    rank_pattern alpha_pattern use_rslora use_dora init_lora_weights peft_type bias
+    """.split()
+)
+_IGNORED = frozenset(
+    """
+    base_model_name_or_path revision task_type inference_mode auto_mapping peft_version
+    megatron_core loftq_config eva_config qalora_group_size runtime_config ensure_weight_tying
+    """.split()
+)
+# Initializers that leave the base weights alone; PiSSA, OLoRA, CorDA, LoftQ and others change them.
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+
+def write_config(
+    path: Path,
+    targets: Mapping[str, Target],
+    config: LoraConfig,
+    *,
+    base_name: str,
+    revision: str | None,
+) -> None:
+    """Writes the file so that PEFT selects exactly the modules of `targets`."""
+    content = {
+        **_CONSTANT,
+        **_patterns(targets, config),
+        "base_model_name_or_path": base_name,
+        "lora_alpha": _whole(config.alpha),
+        "lora_dropout": config.dropout,
+        "r": config.r,
+        "revision": revision,
+        "use_dora": config.use_dora,
+        "use_rslora": config.use_rslora,
+    }
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _patterns(targets: Mapping[str, Target], config: LoraConfig) -> dict[str, Any]:
+    """Selection and exceptions, derived from the targets: by suffix where all layers are alike.
+
+    Rules as the user wrote them would be shorter, but PEFT sorts patterns on saving, and then
+    another of two that overlap comes first.
+    """
+    leaf_names = [target.modules[0].rpartition(".")[2] for target in targets.values()]
+    selected: list[str] = []
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for target, leaf_name in zip(targets.values(), leaf_names, strict=True):
+        layers = [
+            (module, rank, _alpha(scale, rank, config))
+            for module, rank, scale in zip(target.modules, target.ranks, target.scales, strict=True)
+            if rank
+        ]
+        alike = len(layers) == len(target.modules) and len({layer[1:] for layer in layers}) == 1
+        if alike and leaf_names.count(leaf_name) == 1:
+            layers = [(leaf_name, *layers[0][1:])]
+        for name, rank, alpha in layers:
+            selected.append(name)
+            if rank != config.r:
+                ranks[name] = rank
+            if alpha != config.alpha:
+                alphas[name] = _whole(alpha)
+    return {
+        "target_modules": sorted(selected),
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+    }
+
+
+def _alpha(scale: float, rank: int, config: LoraConfig) -> float:
+    """The alpha a scale was made from: dividing back would round."""
+    for alpha in (config.alpha, *config.alpha_pattern.values()):
+        if config.scale(rank, alpha) == scale:
+            return alpha
+    raise ValueError(f"scale {scale} at rank {rank} does not come from {config}")
+
+
+def _whole(alpha: float) -> int | float:
+    return int(alpha) if float(alpha).is_integer() else float(alpha)
+
+
+def read_config(path: Path) -> LoraConfig:
+    """Returns the adapter's options.
+
+    Raises:
+      UserError: not found, bad JSON, no LoRA, or a feature jaxlora does not have.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: not found; expected an adapter folder in PEFT's layout.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); export the adapter again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}.")
+    try:
+        _refuse_unsupported(content)
+        return _translate(content)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise UserError(f"{path}: a field has a value of the wrong kind ({error}).") from error
+
+
+def _refuse_unsupported(content: Mapping[str, Any]) -> None:
+    if content.get("peft_type") != "LORA":
+        raise UserError(f"peft_type: {content.get('peft_type')!r} is no LoRA; expected 'LORA'.")
+    if content.get("bias", "none") != "none":
+        raise UserError(f"bias: {content['bias']!r} is not supported; expected 'none'.")
+    if content.get("init_lora_weights", True) not in _PLAIN_INITS:
+        raise UserError(
+            f"init_lora_weights: {content['init_lora_weights']!r} changes the base weights, so the "
+            "adapter is not for the plain base; save it with PEFT's "
+            "path_initial_model_for_weight_conversion."
+        )
+    if content.get("layers_pattern") not in (None, "", [], "layers", ["layers"]):
+        raise UserError(f"layers_pattern: {content['layers_pattern']!r}; expected 'layers'.")
+    for key in ("r", "target_modules"):
+        if not content.get(key):
+            raise UserError(f"{key} is missing; export the adapter again.")
+    for key, value in content.items():
+        if value and key not in _READ and key not in _IGNORED:
+            raise UserError(f"{key}: {value!r} is not supported; expected it to be absent or null.")
+
+
+def _translate(content: Mapping[str, Any]) -> LoraConfig:
+    layers = content.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers or []
+    return LoraConfig(
+        r=int(content["r"]),
+        alpha=float(content.get("lora_alpha", 8)),
+        dropout=float(content.get("lora_dropout") or 0.0),
+        target_modules=_rule(content["target_modules"]),
+        exclude_modules=_rule(content.get("exclude_modules") or ()),
+        layers_to_transform=tuple(int(layer) for layer in layers),
+        rank_pattern={str(k): int(v) for k, v in (content.get("rank_pattern") or {}).items()},
+        alpha_pattern={str(k): float(v) for k, v in (content.get("alpha_pattern") or {}).items()},
+        use_rslora=bool(content.get("use_rslora")),
+        use_dora=bool(content.get("use_dora")),
+    )
+
+
+def _rule(value: Any) -> tuple[str, ...] | str:
+    return value if isinstance(value, str) else tuple(sorted(str(name) for name in value))

@@ -1,0 +1,170 @@
+"""A model out as a Hugging Face folder that transformers loads, one tensor at a time."""
+
+import functools
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxlora.checkpoints.atomic import staged
+from jaxlora.checkpoints.write import write_tensors
+from jaxlora.core.errors import UserError
+from jaxlora.core.tree import flatten
+from jaxlora.models.config import DecoderConfig
+from jaxlora.models.parameters import ParamSpec, describe
+from jaxlora.ops.matmul import materialize
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_METADATA = {"format": "pt"}
+
+
+def save_model(
+    params: Mapping[str, Any],
+    cfg: DecoderConfig,
+    folder: Path,
+    *,
+    source_folder: Path | None = None,
+    config: Mapping[str, Any] | None = None,
+    dtype: DTypeLike = jnp.float32,
+    max_shard_bytes: float = 5e9,
+    overwrite: bool = False,
+) -> None:
+    """Writes config, tokenizer and weights; host memory peaks at one layer's tensor.
+
+    Args:
+      params: leaves may be plain, quantized or LoRA; each is saved as the matrix it stands for.
+      cfg: the model's shape.
+      folder: where to; appears whole or not at all.
+      source_folder: config.json, generation_config.json and tokenizer are copied from here.
+      config: content of config.json if `source_folder` has none, or not the right one.
+      dtype: float32, float16 or bfloat16.
+      max_shard_bytes: weights beyond this are split into several files with an index.
+      overwrite: replace a model that is already in `folder`.
+
+    Raises:
+      UserError: a value is not finite, `folder` holds a model already, the disk is full.
+    """
+    folder, dtype = Path(folder), jnp.dtype(dtype)
+    old = _model_files(folder)
+    if old and not overwrite:
+        raise UserError(f"{folder}: already holds a model ({old[0]}); choose a new folder.")
+    tensors = _tensors(flatten(params), describe(cfg))
+    shapes = {
+        name: spec.shape[::-1] if spec.transposed else spec.shape
+        for name, (spec, _, _) in tensors.items()
+    }
+    with staged(folder) as stage:
+        _write_config(stage, source_folder, config, dtype)
+        shards = list(_shards(shapes, dtype.itemsize, max_shard_bytes))
+        files = _file_names(len(shards))
+        for file, shard in zip(files, shards, strict=True):
+            values = functools.partial(_value, tensors, dtype)
+            write_tensors(stage / file, shard, values, dtype=dtype, metadata=_METADATA)
+        if len(shards) > 1:
+            _write_json(stage / "model.safetensors.index.json", _index(files, shards, dtype))
+        new = _model_files(stage)
+    for name in set(old) - set(new):
+        (folder / name).unlink()
+
+
+def _model_files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("model*.safetensors*"))
+
+
+def _tensors(
+    leaves: Mapping[str, Any], specs: Mapping[str, ParamSpec]
+) -> dict[str, tuple[ParamSpec, Any, int | None]]:
+    """``{tensor name: (spec, leaf, layer)}`` in the order of the file."""
+    assert leaves.keys() == specs.keys(), leaves.keys() ^ specs.keys()
+    return {
+        name: (spec, leaves[path], None if spec.layers is None else layer)
+        for path, spec in specs.items()
+        for layer, name in enumerate(spec.hf_names())
+    }
+
+
+def _value(tensors: Mapping[str, tuple], dtype: np.dtype, name: str) -> np.ndarray:
+    """The host values of one tensor, laid out as Hugging Face stores it."""
+    spec, leaf, layer = tensors[name]
+    if layer is not None:
+        leaf = jax.tree.map(lambda x: x[layer], leaf)
+    matrix = np.asarray(_materialize(leaf, dtype))
+    if not np.isfinite(matrix).all():
+        raise UserError(
+            f"{name}: has values that are not finite in {dtype.name} (diverged training, or out "
+            "of range); nothing was written."
+        )
+    return matrix.T if spec.transposed else matrix
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _materialize(leaf: Any, dtype: np.dtype) -> jax.Array:
+    return materialize(leaf, dtype)
+
+
+def _shards(
+    shapes: Mapping[str, tuple[int, ...]], itemsize: int, most: float
+) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Groups of whole tensors of at most `most` bytes (a larger tensor is alone)."""
+    shard, size = {}, 0
+    for name, shape in shapes.items():
+        tensor_bytes = math.prod(shape) * itemsize
+        if shard and size + tensor_bytes > most:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = shape
+        size += tensor_bytes
+    yield shard
+
+
+def _file_names(count: int) -> list[str]:
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number + 1:05}-of-{count:05}.safetensors" for number in range(count)]
+
+
+def _index(files: list[str], shards: list[dict], dtype: np.dtype) -> dict[str, Any]:
+    elements = sum(math.prod(shape) for shard in shards for shape in shard.values())
+    return {
+        "metadata": {"total_size": elements * dtype.itemsize},
+        "weight_map": {
+            name: file for file, shard in zip(files, shards, strict=True) for name in shard
+        },
+    }
+
+
+def _write_config(
+    stage: Path, source: Path | None, config: Mapping[str, Any] | None, dtype: np.dtype
+) -> None:
+    assert source is not None or config is not None
+    if source is not None:
+        for name in (*_TOKENIZER_FILES, "generation_config.json"):
+            if (Path(source) / name).is_file():
+                shutil.copyfile(Path(source) / name, stage / name)
+    if config is None:
+        config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+    # Older readers know only torch_dtype; newer ones write dtype and read both.
+    words = [word for word in ("dtype", "torch_dtype") if word in config] or ["torch_dtype"]
+    _write_json(stage / "config.json", {**config, **dict.fromkeys(words, dtype.name)})
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
