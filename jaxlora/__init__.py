@@ -1,1 +1,45 @@
+"""jaxlora: fine-tune LLMs with LoRA and QLoRA in JAX/Flax; the adapter loads in PEFT.
+
+>>> import jaxlora
+>>> result = jaxlora.train("configs/quickstart.yml")  # doctest: +SKIP
+>>> jaxlora.generate(result.output_dir, "Hello!")  # doctest: +SKIP
+
+Verbs: `train`, `evaluate`, `generate`, `load`, `merge`, `export`, `verify`, `preprocess`,
+`inspect`.
+The functional LoRA transform for any Flax model is `jaxlora.lora`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jaxlora.core.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxlora.api import *  # noqa: F403
+
 __version__ = "0.1.0"
+
+_API = (
+    "Config",
+    "SamplingOptions",
+    "QuantSpec",
+    "assets",
+    "evaluate",
+    "export",
+    "generate",
+    "inspect",
+    "load",
+    "load_config",
+    "merge",
+    "preprocess",
+    "train",
+    "verify",
+)
+__all__ = ["UserError", "__version__", *_API]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported at first use: `jaxlora --help` and `jaxlora.lora` need none of the programs.
+    if name in _API:
+        return getattr(importlib.import_module("jaxlora.api"), name)
+    raise AttributeError(f"module 'jaxlora' has no attribute {name!r}")

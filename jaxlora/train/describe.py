@@ -4,7 +4,8 @@ from typing import Any
 
 import jax
 
-from jaxlora.data.report import SourceReport
+from jaxlora.data.report import Report, SourceReport
+from jaxlora.data.table import TokenTable, spans
 from jaxlora.lora import count
 from jaxlora.train.results import TrainResult
 from jaxlora.train.setup import Plan
@@ -13,20 +14,32 @@ from jaxlora.train.state import bytes_on_devices
 
 def describe_data(plan: Plan) -> str:
     """Returns what became of the rows, and how many steps they make."""
-    report = plan.data.report
-    lines = [_describe_source(source) for source in report.train_sources + report.test_sources]
-    table = report.train
-    lines.append(
-        f"data: {table.tokens:,} tokens in {table.examples:,} examples, {table.trained_tokens:,} "
-        f"of them trained, longest example {table.longest}"
-        + (f", packing {table.packing_efficiency:.1%} full" if table.packing_efficiency else "")
-        + (" (from the cache)" if report.cached else "")
-    )
-    lines.append(
+    return (
+        f"{describe_report(plan.data.report)}\n"
         f"{plan.total_steps} steps of {plan.batches.rows * plan.batches.accumulation} rows x "
         f"{plan.batches.length} tokens; {plan.steps_per_epoch} steps an epoch"
     )
-    return "\n".join(lines)
+
+
+def describe_report(report: Report) -> str:
+    """Returns the account of a preparation: a line for each data set, one for each table."""
+    lines = [_describe_source(source) for source in report.train_sources + report.test_sources]
+    for name, table in (("train", report.train), ("held out", report.evaluation)):
+        if table is not None:
+            packed = table.packing_efficiency
+            lines.append(
+                f"{name}: {table.tokens:,} tokens in {table.examples:,} examples, "
+                f"{table.trained_tokens:,} of them trained, longest example {table.longest}"
+                + (f", packed rows {packed:.1%} full" if packed else "")
+            )
+    return "\n".join(lines) + ("\n(tokens from the cache)" if report.cached else "")
+
+
+def preview(table: TokenTable, index: int, tokenizer: Any) -> str:
+    """Returns one example as text, what is trained between ``[`` and ``]``."""
+    return "".join(
+        f"[{text}]" if trained else text for text, trained in spans(table, index, tokenizer)
+    )
 
 
 def _describe_source(source: SourceReport) -> str:

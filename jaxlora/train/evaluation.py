@@ -1,18 +1,22 @@
-"""Held-out loss and held-out exact match."""
+"""Held-out loss and held-out exact match, during a run or alone."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
 
 from jaxlora.config import derived, settings
+from jaxlora.config.schema import Config
+from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree
 from jaxlora.data.batches import Batches
 from jaxlora.data.scoring import examples_for_scoring, table_for_scoring
 from jaxlora.generate.sampling import SamplingOptions
 from jaxlora.generate.scoring import Score, exact_match
 from jaxlora.parallel.rules import Placement
-from jaxlora.train.setup import Plan
-from jaxlora.train.step import weights
+from jaxlora.train.setup import Plan, make_plan
+from jaxlora.train.state import load_weights
+from jaxlora.train.step import make_eval_step, weights
 
 EXACT_MATCH_ROWS = 200  # enough for a standard error below 4 points
 
@@ -58,3 +62,35 @@ def held_out_score(plan: Plan, trainable: Tree, frozen: Tree) -> Score:
         SamplingOptions(max_new_tokens=plan.config.eval_max_new_tokens),
         batch_size=max(8, derived.eval_rows(plan.config)),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Held-out results of one set of weights.
+
+    Attributes:
+      loss: nats per trained token.
+      perplexity: its exponential.
+      score: exact matches with their samples; None unless `eval_exact_match`.
+    """
+
+    loss: float
+    perplexity: float
+    score: Score | None
+
+
+def evaluate(config: Config) -> Evaluation:
+    """Scores the model of a configuration (`lora_model_dir` on top) on its held-out data.
+
+    Raises:
+      UserError: no held-out data, or anything wrong with configuration, model or data.
+    """
+    if not derived.has_held_out(config):
+        raise UserError("evaluate: no held-out data; set test_datasets or val_set_size.")
+    plan = make_plan(config)
+    trainable, frozen = load_weights(config, plan.model)
+    assert plan.eval_batches is not None
+    step = make_eval_step(plan.model.decoder, plan.model.targets)
+    loss = held_out_loss(step, trainable, frozen, plan.eval_batches, plan.model.placement)
+    score = held_out_score(plan, trainable, frozen) if config.eval_exact_match else None
+    return Evaluation(loss, math.exp(min(loss, 700.0)), score)

@@ -21,9 +21,10 @@ from jaxlora.core.errors import UserError
 from jaxlora.train import resume
 from jaxlora.train.describe import describe_data, describe_result, describe_weights
 from jaxlora.train.evaluation import held_out_loss, held_out_score
+from jaxlora.train.export import export_weights
 from jaxlora.train.metrics import Sink, open_sinks, write_all
 from jaxlora.train.progress import Display
-from jaxlora.train.results import TrainResult, export_weights, write_report
+from jaxlora.train.results import TrainResult, write_report
 from jaxlora.train.setup import Plan, make_plan
 from jaxlora.train.state import (
     TrainState,
@@ -118,7 +119,7 @@ class Run:
         loss_after, score_after = self._evaluate(display, "after training", sinks)
         if store.latest() != self.state.step:
             self._save(store)
-        export_weights(plan, self.state.trainable, folder)
+        export_weights(config, plan.model, self.state.trainable, folder)
         result = TrainResult(
             folder,
             self.state.step,

@@ -1,14 +1,11 @@
-"""What a finished run leaves behind: adapter or model, tokenizer, loss curve, model card."""
+"""What a finished run tells: its result, the loss curve and the model card."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
 from jaxlora import __version__
-from jaxlora.checkpoints.peft import save_adapter
-from jaxlora.checkpoints.save import save_model
 from jaxlora.config.load import dump_config
-from jaxlora.core.tree import Tree, unflatten
 from jaxlora.train.metrics import METRICS_FILE, read_lines
 from jaxlora.train.plot import LOSS_PLOT, plot_losses
 from jaxlora.train.setup import Plan
@@ -35,31 +32,6 @@ class TrainResult:
     exact_match: float | None
     exact_match_before: float | None
     tokens_per_s: float
-
-
-def export_weights(plan: Plan, trainable: Tree, folder: Path) -> None:
-    """Writes the PEFT adapter, or the whole model of a full fine-tune, with its tokenizer."""
-    model, config = plan.model, plan.config
-    if model.lora is None:
-        save_model(
-            unflatten(trainable["params"]),
-            model.cfg,
-            folder,
-            source_folder=model.folder,
-            dtype=model.decoder.dtype,
-            overwrite=True,
-        )
-        return
-    save_adapter(
-        folder,
-        trainable["adapter"],
-        model.targets,
-        model.lora,
-        base_name=config.base_model,
-        revision=config.revision_of_model,
-        fingerprint=model.fingerprint or None,
-    )
-    model.tokenizer.save_pretrained(str(folder))
 
 
 def write_report(plan: Plan, result: TrainResult) -> None:

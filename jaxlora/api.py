@@ -1,0 +1,132 @@
+"""The verbs of the command line as functions, for notebooks and scripts.
+
+Each takes paths or hub ids. Errors a user can mend are `jaxlora.UserError`.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxlora.checkpoints.load import QuantSpec
+from jaxlora.config import settings
+from jaxlora.config.load import load_config
+from jaxlora.config.schema import Config
+from jaxlora.data.prepare import Prepared, prepare
+from jaxlora.data.tokenizer import load_tokenizer
+from jaxlora.generate.model import LanguageModel, load
+from jaxlora.generate.sampling import SamplingOptions
+from jaxlora.generate.scoring import Score
+from jaxlora.inspection import inspect
+from jaxlora.merge import merge
+from jaxlora.train.evaluation import Evaluation
+from jaxlora.train.evaluation import evaluate as _evaluate
+from jaxlora.train.export import export_checkpoint as export
+from jaxlora.train.loop import train as _train
+from jaxlora.train.results import TrainResult
+from jaxlora.verify import Verdict, verify
+
+__all__ = [
+    "Config",
+    "Evaluation",
+    "LanguageModel",
+    "QuantSpec",
+    "SamplingOptions",
+    "Score",
+    "TrainResult",
+    "Verdict",
+    "evaluate",
+    "export",
+    "generate",
+    "inspect",
+    "load",
+    "load_config",
+    "merge",
+    "preprocess",
+    "train",
+    "verify",
+]
+
+Source = Config | str | os.PathLike[str] | Mapping[str, Any]
+
+
+def train(source: Source, *overrides: str, quiet: bool = False) -> TrainResult:
+    """Fine-tunes as a configuration says and returns the results.
+
+    Args:
+      source: a `Config`, a YAML or Python file, or a mapping of keys.
+      overrides: as on the command line, ``"--lora_r=32"``.
+      quiet: print nothing.
+
+    >>> result = train("configs/quickstart.yml", "--max_steps=10")  # doctest: +SKIP
+    >>> result.output_dir  # doctest: +SKIP
+    PosixPath('outputs/quickstart')
+    """
+    return _train(_config(source, overrides), quiet=quiet)
+
+
+def evaluate(
+    source: Source, *overrides: str, adapter: str | os.PathLike[str] | None = None
+) -> Evaluation:
+    """Scores base + adapter on the held-out data of a configuration.
+
+    Args:
+      source, overrides: as for `train`.
+      adapter: adapter folder or hub id; None scores the base alone (or `lora_model_dir`).
+    """
+    if adapter is not None:
+        overrides = (*overrides, f"--lora_model_dir={os.fspath(adapter)}")
+    return _evaluate(_config(source, overrides))
+
+
+def generate(
+    model: str | os.PathLike[str],
+    prompts: str | Sequence[str],
+    *,
+    adapter: str | os.PathLike[str] | None = None,
+    raw: bool = False,
+    **options: Any,
+) -> list[str]:
+    """Returns the answers of a model to one prompt or several.
+
+    Args:
+      model: folder or hub id of a model, or of an adapter that names its base.
+      prompts: user messages.
+      adapter: folder or hub id of an adapter to put on top.
+      raw: continue the text as it is, without the chat template.
+      options: fields of `SamplingOptions`, e.g. ``temperature=0.7, max_new_tokens=64``.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    loaded = load(os.fspath(model), adapter)
+    return loaded.generate(texts, SamplingOptions(**options), raw=raw)
+
+
+def preprocess(source: Source, *overrides: str) -> tuple[Prepared, Any]:
+    """Tokenizes the data of a configuration into the cache; returns it with the tokenizer."""
+    config = _config(source, overrides)
+    tokenizer = load_tokenizer(
+        config.tokenizer_config or config.base_model,
+        revision=config.revision_of_model,
+        special_tokens=config.special_tokens.model_dump(exclude_none=True),
+    )
+    prepared = prepare(
+        settings.train_specs(config),
+        settings.held_out_specs(config),
+        settings.data_options(config),
+        tokenizer,
+    )
+    return prepared, tokenizer
+
+
+def assets() -> Path:
+    """Returns the folder of the embedded tiny model and the quickstart data."""
+    return Path(__file__).parent / "assets"
+
+
+def _config(source: Source, overrides: Sequence[str]) -> Config:
+    if isinstance(source, Config):
+        if not overrides:
+            return source
+        source = source.model_dump(mode="json", exclude_unset=True)
+        source |= source.pop("foreign", {})
+    return load_config(source, overrides)

@@ -1,0 +1,234 @@
+"""The `jaxlora` command: parses flags, calls the API, prints."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from jaxlora import __version__
+from jaxlora.core.errors import UserError
+
+_EPILOG = """examples:
+  jaxlora train configs/quickstart.yml                 fine-tune; the output folder tells the rest
+  jaxlora train my.yml --lora_r=32 --max_steps=100     any key of the file can be overridden
+  jaxlora chat outputs/quickstart                      talk to a model or adapter
+  jaxlora merge outputs/quickstart --output merged     one folder that transformers loads
+
+Every MODEL is a folder or a Hugging Face hub id. An adapter folder knows its base model.
+Exit status: 0 done, 1 verification failed, 2 a mistake to mend (one line says which), 130 Ctrl-C.
+"""
+_OVERRIDES = (
+    "Any key of the configuration can follow as --key=value, e.g. --datasets.0.path=x.jsonl."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    # Advice about frameworks that jaxlora does not need.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not options.takes_overrides:
+        parser.error(f"unknown argument {rest[0]}; see jaxlora {options.command} --help")
+    options.overrides = rest
+    try:
+        return options.run(options) or 0
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"jaxlora: error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jaxlora: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jaxlora",
+        description="Fine-tune LLMs with LoRA and QLoRA in JAX, on CPU, GPU or TPU.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"jaxlora {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Any, text: str, *, config: bool = False) -> argparse.ArgumentParser:
+        epilog = _OVERRIDES if config else None
+        command = commands.add_parser(name, help=text, description=text, epilog=epilog)
+        command.set_defaults(run=run, takes_overrides=config)
+        if config:
+            command.add_argument("config", help="YAML file, or Python file with get_config()")
+        return command
+
+    add("train", _train, "Fine-tune as a configuration says.", config=True)
+    evaluate = add("evaluate", _evaluate, "Score on the held-out data.", config=True)
+    evaluate.add_argument("--adapter", help="adapter to score; default: the one in output_dir")
+    preprocess = add("preprocess", _preprocess, "Tokenize the data and show it.", config=True)
+    preprocess.add_argument("--preview", type=int, default=1, help="examples to show (default 1)")
+    for name, run, text in (
+        ("generate", _generate, "Answer prompts."),
+        ("chat", _chat, "Talk with a model."),
+    ):
+        _add_sampling(_add_model(add(name, run, text)), prompts=name == "generate")
+    merge = _add_model(add("merge", _merge, "Write base + adapter as one model folder."))
+    merge.add_argument("--output", required=True, help="new folder")
+    merge.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: the base's"
+    )
+    export = add("export", _export, "Turn a training checkpoint into a PEFT adapter folder.")
+    export.add_argument("checkpoint", help="output folder of a run, or one of its checkpoints")
+    export.add_argument("--output", required=True, help="new folder")
+    _add_model(add("verify", _verify, "Compare an adapter's logits with PEFT's (needs torch)."))
+    add("inspect", _inspect, "Show sizes, targets and contents of a folder.").add_argument(
+        "path", help="model, adapter, output folder, checkpoint, or hub id"
+    )
+    return parser
+
+
+def _add_model(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    command.add_argument("model", help="folder or hub id of a model, or of an adapter")
+    command.add_argument("--adapter", help="folder or hub id of an adapter to put on top")
+    command.add_argument("--revision", help="branch, tag or commit of a hub model")
+    command.add_argument(
+        "--quantization",
+        choices=("int4", "nf4", "int8"),
+        help="store the base in 4 or 8 bits, as QLoRA trained on it",
+    )
+    return command
+
+
+def _add_sampling(command: argparse.ArgumentParser, *, prompts: bool) -> None:
+    if prompts:
+        command.add_argument("prompts", nargs="*", help="messages; none: one a line from stdin")
+        command.add_argument("--raw", action="store_true", help="no chat template")
+    else:
+        command.add_argument("--system", help="system message")
+    command.add_argument("--max_new_tokens", type=int, default=256)
+    command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    command.add_argument("--top_k", type=int, default=0, help="0 is off (default)")
+    command.add_argument("--top_p", type=float, default=1.0, help="1 is off (default)")
+    command.add_argument("--seed", type=int, default=0)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from jaxlora import api
+
+    api.train(options.config, *options.overrides)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from jaxlora import api
+
+    config = api.load_config(options.config, options.overrides)
+    adapter = options.adapter
+    if adapter is None and os.path.isfile(f"{config.output_dir}/adapter_config.json"):
+        adapter = config.output_dir
+    result = api.evaluate(config, adapter=adapter)
+    print(f"evaluated: {config.base_model}" + (f" + {adapter}" if adapter else ""))
+    print(f"held-out loss {result.loss:.4f} (perplexity {result.perplexity:.2f})")
+    if result.score is not None:
+        score = result.score
+        print(f"held-out exact match {score.rate:.1%} ({score.correct} of {score.total})")
+
+
+def _preprocess(options: argparse.Namespace) -> None:
+    from jaxlora import api
+    from jaxlora.train.describe import describe_report, preview
+
+    prepared, tokenizer = api.preprocess(options.config, *options.overrides)
+    print(describe_report(prepared.report))
+    print(f"cache: {prepared.report.folder}")
+    for number in range(min(options.preview, len(prepared.train))):
+        print(f"\nexample {number + 1}; trained text is between [ and ]:")
+        print(preview(prepared.train, number, tokenizer))
+
+
+def _quantization(options: argparse.Namespace) -> Any:
+    from jaxlora.checkpoints.load import QuantSpec
+
+    return QuantSpec(options.quantization) if options.quantization else None
+
+
+def _load(options: argparse.Namespace) -> tuple[Any, Any]:
+    from jaxlora import api
+
+    sampling = api.SamplingOptions(
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        max_new_tokens=options.max_new_tokens,
+        seed=options.seed,
+    )
+    model = api.load(
+        options.model,
+        options.adapter,
+        revision=options.revision,
+        quantization=_quantization(options),
+    )
+    return model, sampling
+
+
+def _generate(options: argparse.Namespace) -> None:
+    model, sampling = _load(options)
+    prompts = options.prompts or [line.rstrip("\n") for line in sys.stdin]
+    for answer in model.generate(prompts, sampling, raw=options.raw):
+        print(answer)
+
+
+def _chat(options: argparse.Namespace) -> None:
+    model, sampling = _load(options)
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    model.chat(sampling, input, write, system=options.system)
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from jaxlora import api
+
+    folder = api.merge(
+        options.model,
+        options.adapter,
+        options.output,
+        revision=options.revision,
+        quantization=_quantization(options),
+        dtype=options.dtype,
+    )
+    print(f"merged model: {folder}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from jaxlora import api
+
+    step = api.export(options.checkpoint, options.output)
+    print(f"step {step} exported: {options.output}")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from jaxlora import api
+
+    verdict = api.verify(options.model, options.adapter, revision=options.revision)
+    for name, keys in (("missing", verdict.missing), ("extra", verdict.extra)):
+        if keys:
+            print(f"{name} tensors for PEFT: {', '.join(keys)}")
+    print(
+        f"largest logit difference to PEFT {verdict.max_difference:.2e} (logits vary by "
+        f"{verdict.logit_std:.2f}; the adapter changes them by up to {verdict.adapter_effect:.2f})"
+    )
+    print("verified" if verdict.ok else "NOT verified")
+    return 0 if verdict.ok else 1
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from jaxlora import api
+
+    rows = api.inspect(options.path)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""`inspect`: what is in a model folder, an adapter, a run's output folder or a checkpoint."""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+from jaxlora.checkpoints import hub
+from jaxlora.checkpoints.load import read_model_config
+from jaxlora.checkpoints.peft_config import CONFIG_FILE
+from jaxlora.checkpoints.store import CheckpointStore, locate
+from jaxlora.checkpoints.tensors import TensorFiles
+from jaxlora.core.errors import UserError
+from jaxlora.models.config import DecoderConfig
+from jaxlora.models.parameters import ParamSpec, describe
+
+Rows = list[tuple[str, str]]
+_BITS = {"bfloat16": 16.0, "int8": 8.0, "int4": 4.25, "nf4": 4.127}  # int4, nf4: with block scales
+
+
+def inspect(path: str | Path) -> Rows:
+    """Returns ``(name, value)`` rows about a model, adapter, run or checkpoint.
+
+    Args:
+      path: a folder, or a hub id of a model or adapter.
+
+    Raises:
+      UserError: nothing known is there.
+    """
+    store, step = locate(path)
+    if step is not None and CheckpointStore(store).steps():
+        return _checkpoint(CheckpointStore(store), step)
+    folder = hub.resolve(path)
+    rows: Rows = []
+    if (folder / CONFIG_FILE).is_file():
+        rows += _adapter(folder)
+    if (folder / "config.json").is_file():
+        rows += _model(folder)
+    for store_folder in (folder / "checkpoints", folder):
+        checkpoints = CheckpointStore(store_folder)
+        if checkpoints.steps():
+            rows.append(("checkpoints", ", ".join(map(str, checkpoints.steps()))))
+            rows += _checkpoint(checkpoints, max(checkpoints.steps()))
+            break
+    if not rows:
+        raise UserError(
+            f"{folder}: holds no config.json, {CONFIG_FILE} or checkpoint; nothing to inspect."
+        )
+    return rows
+
+
+def _model(folder: Path) -> Rows:
+    cfg, raw = read_model_config(folder)
+    specs = describe(cfg)
+    files = TensorFiles(folder)
+    total = sum(spec.size for spec in specs.values())
+    linear = sum(spec.size for spec in specs.values() if spec.kind == "linear")
+    names = sorted({name.rpartition(".")[2] for name in _linear_modules(specs)})
+    sizes = ", ".join(
+        f"{form} {(linear * bits + (total - linear) * 16) / 8 / 2**30:.2f} GiB"
+        for form, bits in _BITS.items()
+    )
+    return [
+        (
+            "model",
+            f"{folder} ({', '.join(raw.get('architectures') or [raw.get('model_type', '?')])})",
+        ),
+        ("shape", _shape(cfg)),
+        ("parameters", f"{total:,} ({linear:,} in linear layers)"),
+        ("weights", _tensors(files)),
+        ("linear layers (LoRA targets)", ", ".join(names)),
+        ("trained by LoRA r=16 on all", f"{_lora_size(specs, 16):,}"),
+        ("base in memory as", sizes),
+    ]
+
+
+def _shape(cfg: DecoderConfig) -> str:
+    window = f", window {cfg.sliding_window}" if cfg.sliding_window else ""
+    tied = ", tied embedding" if cfg.tie_embedding else ""
+    return (
+        f"{cfg.num_layers} layers x {cfg.embed_dim}, {cfg.num_heads} heads of {cfg.head_dim} on "
+        f"{cfg.num_kv_heads} key-value heads, mlp {cfg.mlp_dim}, vocabulary {cfg.vocab_size:,}, "
+        f"context {cfg.max_context:,}{window}{tied}"
+    )
+
+
+def _linear_modules(specs: dict[str, ParamSpec]) -> list[str]:
+    return [name for spec in specs.values() if spec.kind == "linear" for name in spec.modules()]
+
+
+def _lora_size(specs: dict[str, ParamSpec], rank: int) -> int:
+    return sum(
+        rank * sum(spec.shape) * (spec.layers or 1)
+        for spec in specs.values()
+        if spec.kind == "linear"
+    )
+
+
+def _tensors(files: TensorFiles) -> str:
+    dtypes = Counter(info.dtype for info in files.info.values())
+    counted = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
+    shards = {info.file for info in files.info.values()}
+    size = sum(shard.stat().st_size for shard in shards)
+    return f"{counted} in {len(shards)} file(s), {size / 2**20:,.1f} MiB"
+
+
+def _adapter(folder: Path) -> Rows:
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    files = TensorFiles(folder, "adapter_model")
+    trained = sum(info.size for info in files.info.values())
+    kind = "DoRA" if config.get("use_dora") else "LoRA"
+    scale = "alpha / sqrt(r)" if config.get("use_rslora") else "alpha / r"
+    targets = config.get("target_modules")
+    return [
+        ("adapter", f"{folder} ({kind}, r {config.get('r')}, alpha {config.get('lora_alpha')})"),
+        ("scale", scale),
+        ("base", str(config.get("base_model_name_or_path"))),
+        ("targets", targets if isinstance(targets, str) else ", ".join(sorted(targets or []))),
+        ("trained parameters", f"{trained:,}"),
+        ("tensors", _tensors(files)),
+    ]
+
+
+def _checkpoint(store: CheckpointStore, step: int) -> Rows:
+    manifest = store.describe(step)
+    parts = {"trainable": 0, "optimizer": 0}
+    for path, (shape, _) in manifest.leaves.items():  # paths such as ['trainable']['adapter']...
+        for part in parts:
+            if path.startswith(f"['{part}']"):
+                parts[part] += math.prod(shape)
+    return [
+        ("checkpoint", f"{store.path(step)} (step {step})"),
+        ("trained parameters", f"{parts['trainable']:,}"),
+        ("optimizer state", f"{parts['optimizer']:,} numbers"),
+    ]

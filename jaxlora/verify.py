@@ -1,0 +1,119 @@
+"""`verify`: does PEFT, on a CPU, compute from the exported adapter what jaxlora computes?"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlora import lora
+from jaxlora.checkpoints.fingerprint import base_fingerprint
+from jaxlora.checkpoints.load import load_params, read_model_config
+from jaxlora.checkpoints.peft import load_adapter
+from jaxlora.checkpoints.tensors import TensorFiles
+from jaxlora.core.errors import UserError
+from jaxlora.core.tree import Tree
+from jaxlora.generate.model import locate
+from jaxlora.models.config import DecoderConfig
+from jaxlora.models.decoder import Decoder, bind
+from jaxlora.models.parameters import describe
+
+TOLERANCE = 1e-4  # float32 on both sides; a few layers of summation order
+_ROWS, _LENGTH = 2, 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the comparison found.
+
+    Attributes:
+      max_difference: largest absolute logit difference to PEFT, both in float32.
+      logit_std: standard deviation of PEFT's logits, to read the difference against.
+      adapter_effect: largest absolute logit change the adapter makes, so that an adapter that does
+        nothing is seen.
+      missing, extra: adapter tensors that PEFT wants and the file lacks, and the reverse.
+    """
+
+    max_difference: float
+    logit_std: float
+    adapter_effect: float
+    missing: tuple[str, ...]
+    extra: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether PEFT loads every tensor and gives the same logits."""
+        close = self.max_difference <= TOLERANCE * max(1.0, self.logit_std)
+        return close and not self.missing and not self.extra
+
+
+def verify(
+    model: str | Path, adapter: str | Path | None = None, *, revision: str | None = None
+) -> Verdict:
+    """Loads an exported adapter with PEFT and compares keys and logits.
+
+    Args:
+      model: folder or hub id of the base, or of an adapter that names its base.
+      adapter: PEFT adapter folder or hub id.
+      revision: branch, tag or commit of a hub base.
+
+    Raises:
+      UserError: torch or peft are not installed; anything missing or damaged.
+    """
+    try:
+        import peft  # noqa: F401
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f'verify: {error.name} is missing; pip install "jaxlora[verify]".'
+        ) from None
+    base, folder = locate(model, adapter, revision)
+    if folder is None:
+        raise UserError(f"{model}: is no adapter; give one with --adapter.")
+    cfg, _ = read_model_config(base)
+    specs = describe(cfg)
+    arrays, targets, _ = load_adapter(folder, specs, fingerprint=base_fingerprint(base))
+    params = load_params(base, cfg, dtype=jnp.float32)
+    length = min(_LENGTH, cfg.max_context)
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (_ROWS, length))
+    plain = _logits(cfg, params, tokens)
+    adapted = _logits(cfg, lora.apply(params, arrays, targets), tokens)
+    reference, missing, extra = _peft_logits(base, folder, tokens)
+    return Verdict(
+        float(np.abs(adapted - reference).max()),
+        float(reference.std()),
+        float(np.abs(adapted - plain).max()),
+        missing,
+        extra,
+    )
+
+
+def _logits(cfg: DecoderConfig, params: Tree, tokens: np.ndarray) -> np.ndarray:
+    model = bind(Decoder(cfg), params)
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = model(jnp.asarray(tokens), jnp.asarray(positions), jnp.ones_like(tokens))
+    return np.asarray(model.logits(hidden))
+
+
+def _peft_logits(
+    base: Path, folder: Path, tokens: np.ndarray
+) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
+    import torch
+    from peft import LoraConfig, get_peft_model_state_dict
+    from peft import PeftModel as Peft
+    from transformers import AutoModelForCausalLM
+
+    hf: Any = AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+    )
+    known = LoraConfig().to_dict().keys()
+    written = json.loads((folder / "adapter_config.json").read_text())
+    config = LoraConfig(**{key: value for key, value in written.items() if key in known})
+    model = Peft.from_pretrained(hf, str(folder), config=config, torch_device="cpu").eval()
+    wanted = set(get_peft_model_state_dict(model))
+    stored = set(TensorFiles(folder, "adapter_model").info)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(tokens)).logits.numpy()
+    return logits, tuple(sorted(wanted - stored)), tuple(sorted(stored - wanted))
