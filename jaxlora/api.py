@@ -14,17 +14,17 @@ from jaxlora.config.load import load_config
 from jaxlora.config.schema import Config
 from jaxlora.data.prepare import Prepared, prepare
 from jaxlora.data.tokenizer import load_tokenizer
-from jaxlora.generate.model import LanguageModel, load
-from jaxlora.generate.sampling import SamplingOptions
-from jaxlora.generate.scoring import Score
+from jaxlora.generation.model import LanguageModel, load
+from jaxlora.generation.sampling import SamplingOptions
+from jaxlora.generation.scoring import Score
 from jaxlora.inspection import inspect
-from jaxlora.merge import merge
-from jaxlora.train.evaluation import Evaluation
-from jaxlora.train.evaluation import evaluate as _evaluate
-from jaxlora.train.export import export_checkpoint as export
-from jaxlora.train.loop import train as _train
-from jaxlora.train.results import TrainResult
-from jaxlora.verify import Verdict, verify
+from jaxlora.merging import merge
+from jaxlora.training.evaluation import Evaluation
+from jaxlora.training.evaluation import evaluate as _evaluate
+from jaxlora.training.export import export_checkpoint as export
+from jaxlora.training.loop import train as _train
+from jaxlora.training.results import TrainResult
+from jaxlora.verification import Verdict, verify
 
 __all__ = [
     "Config",

@@ -134,7 +134,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _preprocess(options: argparse.Namespace) -> None:
     from jaxlora import api
-    from jaxlora.train.describe import describe_report, preview
+    from jaxlora.training.describe import describe_report, preview
 
     prepared, tokenizer = api.preprocess(options.config, *options.overrides)
     print(describe_report(prepared.report))

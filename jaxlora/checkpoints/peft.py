@@ -1,6 +1,7 @@
 """Adapters out to PEFT's folder layout and back, bit for bit."""
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -147,32 +148,51 @@ def _match(
 ) -> dict[str, Target]:
     kinds = ("linear",) if config.target_modules == ALL_LINEAR else ("linear", "head")
     modules = {path: spec.modules() for path, spec in specs.items() if spec.kind in kinds}
-    if not isinstance(config.target_modules, str):
-        # PEFT lets a list name modules that a model does not have, as one list serves many models.
-        known = [f".{name}" for names in modules.values() for name in names]
-        known += [key.partition(".lora_")[0] for key in files.info]
-        rules = [r for r in config.target_modules if any(n.endswith(f".{r}") for n in known)]
-        config = dataclasses.replace(config, target_modules=tuple(rules))
+    known = [module for names in modules.values() for module in names]
+    in_file = [key.partition(".lora_")[0].removeprefix(_PREFIX) for key in files.info]
     stacked = [path for path, spec in specs.items() if spec.layers is not None]
     try:
-        targets = match(modules, config, stacked)
+        return match(modules, _relevant(config, known, in_file), stacked)
     except UserError as error:
         raise UserError(
             f"{folder / CONFIG_FILE}: the adapter does not fit this base model: {error}"
         ) from error
-    for target in targets.values():
-        if target.dora and 0 in target.ranks:
-            raise UserError(
-                f"{folder / CONFIG_FILE}: use_dora on some layers only is not supported; expected "
-                "every layer of an adapted module to be adapted."
-            )
-    return targets
+
+
+def _relevant(config: LoraConfig, known: list[str], in_file: list[str]) -> LoraConfig:
+    """`config` less the rules that match nothing in this model, which PEFT lets pass.
+
+    One list of rules serves many models there. Nothing gets lost by it: the tensors in the file
+    must be exactly those of the modules that remain.
+    """
+
+    def fitting(rules: tuple[str, ...] | str, modules: list[str]) -> tuple[str, ...] | str:
+        if isinstance(rules, str):
+            return rules
+        return tuple(r for r in rules if any(f".{m}".endswith(f".{r}") for m in modules))
+
+    def fitting_patterns(patterns: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            pattern: value
+            for pattern, value in patterns.items()
+            if any(re.match(rf"^(.*\.)?({pattern})$", module) for module in known)
+        }
+
+    return dataclasses.replace(
+        config,
+        target_modules=fitting(config.target_modules, known + in_file),
+        exclude_modules=fitting(config.exclude_modules, known),
+        rank_pattern=fitting_patterns(config.rank_pattern),
+        alpha_pattern=fitting_patterns(config.alpha_pattern),
+    )
 
 
 def _zeros(spec: ParamSpec, target: Target) -> dict[str, np.ndarray]:
-    lead = spec.full_shape[:-2]
-    in_dim, out_dim = spec.shape
-    shapes = {"a": (*lead, in_dim, target.rank), "b": (*lead, target.rank, out_dim)}
+    *lead, in_dim, out_dim = spec.full_shape
+    shapes: dict[str, tuple[int, ...]] = {
+        "a": (*lead, in_dim, target.rank),
+        "b": (*lead, target.rank, out_dim),
+    }
     if target.dora:
         shapes["magnitude"] = (*lead, out_dim)
     return {part: np.zeros(shape, np.float32) for part, shape in shapes.items()}

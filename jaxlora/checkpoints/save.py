@@ -154,13 +154,13 @@ def _index(files: list[str], shards: list[dict], dtype: np.dtype) -> dict[str, A
 def _write_config(
     stage: Path, source: Path | None, config: Mapping[str, Any] | None, dtype: np.dtype
 ) -> None:
-    assert source is not None or config is not None
     if source is not None:
         for name in (*_TOKENIZER_FILES, "generation_config.json"):
             if (Path(source) / name).is_file():
                 shutil.copyfile(Path(source) / name, stage / name)
     if config is None:
-        config = json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))
+        assert source is not None, "one of source_folder and config must say what the model is"
+        config = dict(json.loads((Path(source) / "config.json").read_text(encoding="utf-8")))
     # Older readers know only torch_dtype; newer ones write dtype and read both.
     words = [word for word in ("dtype", "torch_dtype") if word in config] or ["torch_dtype"]
     _write_json(stage / "config.json", {**config, **dict.fromkeys(words, dtype.name)})

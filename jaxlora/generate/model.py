@@ -19,10 +19,10 @@ from jaxlora.core.tree import Tree
 from jaxlora.data.chat import prompt_ids, template_of
 from jaxlora.data.template import ChatTemplate
 from jaxlora.data.tokenizer import Encoder, load_tokenizer, pad_id
-from jaxlora.generate.chat import Read, Session, Write, chat
-from jaxlora.generate.decoding import generate
-from jaxlora.generate.sampling import SamplingOptions
-from jaxlora.generate.text import answer_text, end_ids
+from jaxlora.generation.chat import Read, Session, Write, chat
+from jaxlora.generation.decoding import generate
+from jaxlora.generation.sampling import SamplingOptions
+from jaxlora.generation.text import answer_text, end_ids
 from jaxlora.models.decoder import Decoder
 from jaxlora.models.parameters import describe
 
@@ -71,7 +71,7 @@ class LanguageModel:
     def chat(
         self, options: SamplingOptions, read: Read, write: Write, *, system: str | None = None
     ) -> None:
-        """Talks until the input ends; see `jaxlora.generate.chat`."""
+        """Talks until the input ends; see `jaxlora.generation.chat`."""
         session = Session(self.decoder, self.params, self.tokenizer, options, self.template, system)
         chat(session, read, write)
 

@@ -7,9 +7,9 @@ import jax
 from jaxlora.data.report import Report, SourceReport
 from jaxlora.data.table import TokenTable, spans
 from jaxlora.lora import count
-from jaxlora.train.results import TrainResult
-from jaxlora.train.setup import Plan
-from jaxlora.train.state import bytes_on_devices
+from jaxlora.training.results import TrainResult
+from jaxlora.training.setup import Plan
+from jaxlora.training.state import bytes_on_devices
 
 
 def describe_data(plan: Plan) -> str:

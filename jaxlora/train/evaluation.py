@@ -11,12 +11,12 @@ from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree
 from jaxlora.data.batches import Batches
 from jaxlora.data.scoring import examples_for_scoring, table_for_scoring
-from jaxlora.generate.sampling import SamplingOptions
-from jaxlora.generate.scoring import Score, exact_match
+from jaxlora.generation.sampling import SamplingOptions
+from jaxlora.generation.scoring import Score, exact_match
 from jaxlora.parallel.rules import Placement
-from jaxlora.train.setup import Plan, make_plan
-from jaxlora.train.state import load_weights
-from jaxlora.train.step import make_eval_step, weights
+from jaxlora.training.setup import Plan, make_plan
+from jaxlora.training.state import load_weights
+from jaxlora.training.step import make_eval_step, weights
 
 EXACT_MATCH_ROWS = 200  # enough for a standard error below 4 points
 

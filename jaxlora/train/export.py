@@ -13,9 +13,9 @@ from jaxlora.config.load import load_config
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree, unflatten
-from jaxlora.train.resume import CHECKPOINTS
-from jaxlora.train.setup import Model, open_model
-from jaxlora.train.state import make_tx
+from jaxlora.training.resume import CHECKPOINTS
+from jaxlora.training.setup import Model, open_model
+from jaxlora.training.state import make_tx
 
 
 def export_weights(config: Config, model: Model, trainable: Tree, folder: Path) -> None:

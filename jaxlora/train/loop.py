@@ -18,22 +18,30 @@ from jaxlora.config.load import dump_config
 from jaxlora.config.notes import notes
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError
-from jaxlora.train import resume
-from jaxlora.train.describe import describe_data, describe_result, describe_weights
-from jaxlora.train.evaluation import held_out_loss, held_out_score
-from jaxlora.train.export import export_weights
-from jaxlora.train.metrics import Sink, open_sinks, write_all
-from jaxlora.train.progress import Display
-from jaxlora.train.results import TrainResult, write_report
-from jaxlora.train.setup import Plan, make_plan
-from jaxlora.train.state import (
+from jaxlora.training import resume
+from jaxlora.training.describe import describe_data, describe_result, describe_weights
+from jaxlora.training.evaluation import held_out_loss, held_out_score
+from jaxlora.training.export import export_weights
+from jaxlora.training.interrupt import Interrupts
+from jaxlora.training.metrics import (
+    METRICS_FILE,
+    Sink,
+    open_sinks,
+    read_lines,
+    record_at,
+    write_all,
+)
+from jaxlora.training.progress import Display
+from jaxlora.training.results import TrainResult, write_report
+from jaxlora.training.setup import Plan, make_plan
+from jaxlora.training.state import (
     TrainState,
     init_optimizer,
     load_weights,
     make_tx,
     saved,
 )
-from jaxlora.train.step import make_eval_step, make_train_step
+from jaxlora.training.step import make_eval_step, make_train_step
 
 
 def train(config: Config, *, quiet: bool = False) -> TrainResult:
@@ -67,7 +75,6 @@ def train(config: Config, *, quiet: bool = False) -> TrainResult:
                 config.output_dir, config_text=dump_config(config), resume=origin.continues
             )
         )
-        (folder.path / "config.yml").write_text(dump_config(config))
         return run.execute(folder.path, stack, quiet)
 
 
@@ -95,6 +102,7 @@ class Run:
         self.save_every = derived.save_every(config, plan.steps_per_epoch)
         self.log_every = derived.logging_steps(config, plan.total_steps)
         self.last_loss = math.nan
+        self.saved_step: int | None = None
 
     def execute(self, folder: Path, stack: contextlib.ExitStack, quiet: bool) -> TrainResult:
         """Restores, trains, evaluates, saves and exports."""
@@ -103,22 +111,27 @@ class Run:
         stack.enter_context(store)
         if self.origin.store is not None:
             self.state = resume.restore(self.origin, plan, self.state, store)
+            self.saved_step = self.state.step if self.origin.continues else None
+        # Not before: a continuation that is refused leaves the folder as it was.
+        (folder / "config.yml").write_text(dump_config(config))
+        records = read_lines(folder / METRICS_FILE)
         sinks = open_sinks(config, folder, after=self.state.step)
         stack.callback(lambda: [sink.close() for sink in sinks])
         display = stack.enter_context(Display(plan.total_steps, first=self.state.step, quiet=quiet))
         if self.state.step:
             display.say(f"continuing from the checkpoint of step {self.state.step}")
-        loss_before, score_before = self._evaluate(display, "before training", sinks)
+            self.last_loss = record_at(records, self.state.step).get("loss", math.nan)
+        loss_before, score_before = self._evaluate_before(display, sinks, record_at(records, 0))
         try:
-            self._steps(display, sinks, store)
+            with Interrupts() as interrupts:
+                while self.state.step < plan.total_steps:
+                    interrupts.check()
+                    self._step(display, sinks, store)
         except KeyboardInterrupt:
-            self._save(store)
-            store.wait()
-            display.say(f"stopped; saved step {self.state.step} (resume_from_checkpoint: true)")
+            self._stop(display, store)
             raise
+        self._save(store)
         loss_after, score_after = self._evaluate(display, "after training", sinks)
-        if store.latest() != self.state.step:
-            self._save(store)
         export_weights(config, plan.model, self.state.trainable, folder)
         result = TrainResult(
             folder,
@@ -135,32 +148,33 @@ class Run:
         display.say(describe_result(plan, result))
         return result
 
-    def _steps(self, display: Display, sinks: Sequence[Sink], store: CheckpointStore) -> None:
+    def _step(self, display: Display, sinks: Sequence[Sink], store: CheckpointStore) -> None:
         plan, state = self.plan, self.state
-        while state.step < plan.total_steps:
-            batch = plan.batches.batch(state.step)
-            tokens = int(np.count_nonzero(batch["segment_ids"]))
-            state.trainable, state.opt_state, metrics = self.train_step(
-                state.trainable,
-                state.opt_state,
-                state.frozen,
-                plan.model.placement.batch(batch),
-                jnp.int32(state.step),
-            )
-            values = self._checked(metrics)
-            state.step += 1
-            display.advance(tokens)
-            log = state.step % self.log_every == 0 or state.step == plan.total_steps
-            display.update(values, log=log)
-            if log:
-                rate = {"tokens_per_s": round(display.tokens_per_s, 1)}
-                write_all(sinks, state.step, values | rate)
-            store.check()
-            if self.save_every and state.step % self.save_every == 0:
-                self._save(store)
-            last = state.step == plan.total_steps
-            if self.eval_every and state.step % self.eval_every == 0 and not last:
-                self._evaluate_loss(display, sinks)
+        batch = plan.batches.batch(state.step)
+        tokens = int(np.count_nonzero(batch["segment_ids"]))
+        trainable, opt_state, metrics = self.train_step(
+            state.trainable,
+            state.opt_state,
+            state.frozen,
+            plan.model.placement.batch(batch),
+            jnp.int32(state.step),
+        )
+        # In one go: an interrupt finds the state before the step, or the one after it.
+        self.state = TrainState(trainable, opt_state, state.frozen, state.step + 1)
+        step, last = self.state.step, self.state.step == plan.total_steps
+        values = self._checked(metrics)
+        display.advance(tokens)
+        log = step % self.log_every == 0 or last
+        display.update(values, log=log)
+        if log:
+            rate = {"tokens_per_s": round(display.tokens_per_s, 1)}
+            write_all(sinks, step, values | rate)
+        store.check()
+        # Evaluated before it is saved: what continues from a checkpoint has its numbers.
+        if self.eval_every and step % self.eval_every == 0 and not last:
+            self._evaluate_loss(display, sinks)
+        if self.save_every and step % self.save_every == 0 and not last:
+            self._save(store)
 
     def _checked(self, metrics: dict[str, jax.Array]) -> dict[str, float]:
         """Numbers of the step just done; stops a run that has left the finite numbers."""
@@ -168,14 +182,14 @@ class Run:
         values = {name: float(value) for name, value in metrics.items()}
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             raise UserError(
-                f"step {step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}: not "
+                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: not "
                 "finite, the update was not applied; lower learning_rate or check the data, and "
                 "continue with resume_from_checkpoint: true."
             )
         self.last_loss = values["loss"]
         return values | {
-            "epoch": (step + 1) / self.plan.steps_per_epoch,
-            "learning_rate": float(self.schedule(step)),
+            "epoch": step / self.plan.steps_per_epoch,
+            "learning_rate": float(self.schedule(step - 1)),
         }
 
     def _evaluate_loss(self, display: Display, sinks: Sequence[Sink]) -> float | None:
@@ -195,6 +209,16 @@ class Run:
         write_all(sinks, state.step, {"eval_loss": loss})
         return loss
 
+    def _evaluate_before(
+        self, display: Display, sinks: Sequence[Sink], first: dict[str, float]
+    ) -> tuple[float | None, float | None]:
+        """Numbers from before training; a run that continues has them in its metrics."""
+        if "eval_loss" in first and (
+            "exact_match" in first or not self.plan.config.eval_exact_match
+        ):
+            return first["eval_loss"], first.get("exact_match")
+        return self._evaluate(display, "before training", sinks)
+
     def _evaluate(
         self, display: Display, when: str, sinks: Sequence[Sink]
     ) -> tuple[float | None, float | None]:
@@ -211,4 +235,15 @@ class Run:
         return loss, score.rate
 
     def _save(self, store: CheckpointStore) -> None:
-        store.save(self.state.step, saved(self.state), {"identity": resume.identity(self.plan)})
+        if self.state.step != self.saved_step:
+            store.save(self.state.step, saved(self.state), {"identity": resume.identity(self.plan)})
+            self.saved_step = self.state.step
+
+    def _stop(self, display: Display, store: CheckpointStore) -> None:
+        """Saves what Ctrl-C left, unless it came in the middle of a step."""
+        whole = not any(leaf.is_deleted() for leaf in jax.tree.leaves(saved(self.state)))
+        if whole:
+            self._save(store)
+        store.wait()
+        saved_step = "saved" if whole else "last save:"
+        display.say(f"stopped; {saved_step} step {self.saved_step} (resume_from_checkpoint: true)")

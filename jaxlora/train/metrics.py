@@ -1,10 +1,12 @@
 """Where the numbers of a run go: JSON lines always, TensorBoard and Weights & Biases when asked."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from jaxlora.checkpoints.manifest import write_durably
 from jaxlora.config import derived
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError
@@ -25,20 +27,41 @@ class JsonLines:
 
     Args:
       path: file to append to.
-      after: lines of later steps, left by the run before a resume, are removed.
+      after: lines of later steps, left by the run before a resume, are removed; what the others
+        hold is not written a second time.
     """
 
     def __init__(self, path: Path, *, after: int):
         kept = [line for line in read_lines(path) if line["step"] <= after]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._known = {(line["step"], name) for line in kept for name in line}
+        write_durably(path.with_suffix(".temporary"), _lines(kept))
+        os.replace(path.with_suffix(".temporary"), path)
         self._file = path.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        new = {name: value for name, value in values.items() if (step, name) not in self._known}
+        if new:
+            self._file.write(_lines([{"step": step, **new}]))
+            self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def _lines(records: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+def record_at(records: Sequence[dict[str, Any]], step: int) -> dict[str, Any]:
+    """Returns everything the records say about one step.
+
+    >>> record_at([{"step": 2, "loss": 1.5}, {"step": 2, "eval_loss": 1.7}], 2)
+    {'step': 2, 'loss': 1.5, 'eval_loss': 1.7}
+    """
+    merged: dict[str, Any] = {}
+    for record in records:
+        merged |= record if record["step"] == step else {}
+    return merged
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -6,9 +6,9 @@ from typing import Any
 
 from jaxlora import __version__
 from jaxlora.config.load import dump_config
-from jaxlora.train.metrics import METRICS_FILE, read_lines
-from jaxlora.train.plot import LOSS_PLOT, plot_losses
-from jaxlora.train.setup import Plan
+from jaxlora.training.metrics import METRICS_FILE, read_lines
+from jaxlora.training.plot import LOSS_PLOT, plot_losses
+from jaxlora.training.setup import Plan
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,10 +6,11 @@ from typing import Any
 
 from jaxlora.checkpoints import run_folder
 from jaxlora.checkpoints.store import CheckpointStore, locate
+from jaxlora.config import derived
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError
-from jaxlora.train.setup import Plan
-from jaxlora.train.state import TrainState, saved
+from jaxlora.training.setup import Plan
+from jaxlora.training.state import TrainState, saved
 
 CHECKPOINTS = "checkpoints"
 
@@ -55,6 +56,7 @@ def find_origin(config: Config) -> Origin:
 def identity(plan: Plan) -> dict[str, Any]:
     """Returns what must not change between a checkpoint and the run that continues it."""
     config, batches = plan.config, plan.batches
+    storage = derived.quantization(config)
     return {
         "base_model": plan.model.fingerprint,
         "data": plan.data.fingerprint,
@@ -67,6 +69,15 @@ def identity(plan: Plan) -> dict[str, Any]:
         "optimizer": config.optimizer,
         "learning_rate": config.learning_rate,
         "lr_scheduler": config.lr_scheduler,
+        "cosine_min_lr_ratio": config.cosine_min_lr_ratio,
+        "warmup_steps": derived.warmup_steps(config, plan.total_steps),
+        "weight_decay": config.weight_decay,
+        "adam_beta1": config.adam_beta1,
+        "adam_beta2": config.adam_beta2,
+        "adam_epsilon": config.adam_epsilon,
+        "max_grad_norm": config.max_grad_norm,
+        "quantization": storage and [storage.format, storage.double_quant],
+        "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
         "scales": {path: list(target.scales) for path, target in plan.model.targets.items()},
     }

@@ -18,7 +18,7 @@ from jaxlora.models.parameters import ParamSpec, init_params
 from jaxlora.optim.optimizers import make_optimizer
 from jaxlora.optim.schedules import make_schedule
 from jaxlora.parallel.rules import Placement
-from jaxlora.train.setup import Model
+from jaxlora.training.setup import Model
 
 Progress = Callable[[int, int], None]
 

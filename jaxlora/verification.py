@@ -15,7 +15,7 @@ from jaxlora.checkpoints.peft import load_adapter
 from jaxlora.checkpoints.tensors import TensorFiles
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree
-from jaxlora.generate.model import locate
+from jaxlora.generation.model import locate
 from jaxlora.models.config import DecoderConfig
 from jaxlora.models.decoder import Decoder, bind
 from jaxlora.models.parameters import describe

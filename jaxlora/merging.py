@@ -11,7 +11,7 @@ from jaxlora.checkpoints.peft import load_adapter
 from jaxlora.checkpoints.save import save_model
 from jaxlora.checkpoints.tensors import FLOAT_DTYPES, TensorFiles
 from jaxlora.core.errors import UserError
-from jaxlora.generate.model import locate
+from jaxlora.generation.model import locate
 from jaxlora.models.parameters import describe
 
 

@@ -1,0 +1,131 @@
+"""A model ready to answer: base weights, adapter on top, tokenizer."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxlora import lora
+from jaxlora.checkpoints import hub
+from jaxlora.checkpoints.fingerprint import base_fingerprint
+from jaxlora.checkpoints.load import QuantSpec, load_params, read_model_config
+from jaxlora.checkpoints.peft import load_adapter
+from jaxlora.checkpoints.peft_config import CONFIG_FILE
+from jaxlora.core.errors import UserError
+from jaxlora.core.tree import Tree
+from jaxlora.data.chat import prompt_ids, template_of
+from jaxlora.data.template import ChatTemplate
+from jaxlora.data.tokenizer import Encoder, load_tokenizer, pad_id
+from jaxlora.generation.chat import Read, Session, Write, chat
+from jaxlora.generation.decoding import generate
+from jaxlora.generation.sampling import SamplingOptions
+from jaxlora.generation.text import answer_text, end_ids
+from jaxlora.models.decoder import Decoder
+from jaxlora.models.parameters import describe
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """Base weights with an adapter on top, bound to nothing yet; made by `load`."""
+
+    decoder: Decoder
+    params: Tree
+    tokenizer: Any
+    template: ChatTemplate | None
+
+    def generate(
+        self, prompts: Sequence[str], options: SamplingOptions | None = None, *, raw: bool = False
+    ) -> list[str]:
+        """Returns the answer to each prompt.
+
+        Args:
+          prompts: user messages, written into the chat template if the tokenizer has one.
+          options: greedy by default.
+          raw: continue the text as it is, without the chat template.
+        """
+        encoder = Encoder(self.tokenizer)
+        template = None if raw else self.template
+        ids = [
+            prompt_ids([{"role": "user", "content": text}], encoder, template)
+            if template
+            else encoder.prefix + encoder.ids([text])[0]
+            for text in prompts
+        ]
+        ends = end_ids(self.tokenizer, template)
+        answers = generate(
+            self.decoder,
+            self.params,
+            ids,
+            options or SamplingOptions(),
+            ends,
+            pad_id(self.tokenizer),
+        )
+        return [
+            answer_text(self.tokenizer, prompt, answer)
+            for prompt, answer in zip(ids, answers, strict=True)
+        ]
+
+    def chat(
+        self, options: SamplingOptions, read: Read, write: Write, *, system: str | None = None
+    ) -> None:
+        """Talks until the input ends; see `jaxlora.generation.chat`."""
+        session = Session(self.decoder, self.params, self.tokenizer, options, self.template, system)
+        chat(session, read, write)
+
+
+def locate(
+    model: str | Path, adapter: str | Path | None, revision: str | None = None
+) -> tuple[Path, Path | None]:
+    """Returns the folders of base and adapter; a lone adapter folder names its own base.
+
+    Raises:
+      UserError: a folder or hub id that is not there.
+    """
+    if adapter is not None:
+        return hub.resolve(model, revision), hub.resolve(adapter)
+    folder = hub.resolve(model, revision)
+    if not (folder / CONFIG_FILE).is_file():
+        return folder, None
+    base = json.loads((folder / CONFIG_FILE).read_text()).get("base_model_name_or_path")
+    if not base:
+        raise UserError(
+            f"{folder}: its {CONFIG_FILE} names no base model; give base and --adapter."
+        )
+    return hub.resolve(base), folder
+
+
+def load(
+    model: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    quantization: QuantSpec | None = None,
+    dtype: str | None = None,
+) -> LanguageModel:
+    """Loads a model to generate with.
+
+    Args:
+      model: folder or hub id of a model, or of an adapter that names its base.
+      adapter: folder or hub id of a PEFT adapter to put on top.
+      revision: branch, tag or commit of a hub model.
+      quantization: how to store the base, None plain.
+      dtype: of activations and plain weights; default float32 on a CPU, bfloat16 elsewhere.
+
+    Raises:
+      UserError: anything missing, damaged or unfitting.
+    """
+    base, adapter_folder = locate(model, adapter, revision)
+    cfg, _ = read_model_config(base)
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    made = None
+    if adapter_folder is not None:  # read first: it is small, and refuses a wrong base early
+        made = load_adapter(adapter_folder, describe(cfg), fingerprint=base_fingerprint(base))
+    tokenizer = load_tokenizer(base)
+    params = load_params(base, cfg, dtype=dtype, quantization=quantization)
+    if made is not None:
+        params = lora.apply(params, made[0], made[1])
+    template = template_of(tokenizer) if tokenizer.chat_template else None
+    return LanguageModel(Decoder(cfg, dtype=dtype), params, tokenizer, template)

@@ -1,0 +1,76 @@
+"""What the log says about a run's data, weights and outcome."""
+
+from typing import Any
+
+import jax
+
+from jaxlora.data.report import Report, SourceReport
+from jaxlora.data.table import TokenTable, spans
+from jaxlora.lora import count
+from jaxlora.training.results import TrainResult
+from jaxlora.training.setup import Plan
+from jaxlora.training.state import bytes_on_devices
+
+
+def describe_data(plan: Plan) -> str:
+    """Returns what became of the rows, and how many steps they make."""
+    return (
+        f"{describe_report(plan.data.report)}\n"
+        f"{plan.total_steps} steps of {plan.batches.rows * plan.batches.accumulation} rows x "
+        f"{plan.batches.length} tokens; {plan.steps_per_epoch} steps an epoch"
+    )
+
+
+def describe_report(report: Report) -> str:
+    """Returns the account of a preparation: a line for each data set, one for each table."""
+    lines = [_describe_source(source) for source in report.train_sources + report.test_sources]
+    for name, table in (("train", report.train), ("held out", report.evaluation)):
+        if table is not None:
+            packed = table.packing_efficiency
+            lines.append(
+                f"{name}: {table.tokens:,} tokens in {table.examples:,} examples, "
+                f"{table.trained_tokens:,} of them trained, longest example {table.longest}"
+                + (f", packed rows {packed:.1%} full" if packed else "")
+            )
+    return "\n".join(lines) + ("\n(tokens from the cache)" if report.cached else "")
+
+
+def preview(table: TokenTable, index: int, tokenizer: Any) -> str:
+    """Returns one example as text, what is trained between ``[`` and ``]``."""
+    return "".join(
+        f"[{text}]" if trained else text for text, trained in spans(table, index, tokenizer)
+    )
+
+
+def _describe_source(source: SourceReport) -> str:
+    text = f"data: {source.path} [{source.split}]: {source.kept:,} of {source.read:,} rows kept"
+    for reason, rows in source.dropped.items():
+        text += f", {rows:,} dropped ({reason})"
+    return text + (f", {source.truncated:,} truncated" if source.truncated else "")
+
+
+def describe_weights(plan: Plan, trainable: Any, frozen: Any) -> str:
+    """Returns sizes: parameters, trained share, bytes, devices."""
+    model = plan.model
+    total = sum(spec.size for spec in model.specs.values())
+    trained = count(model.targets, trainable["adapter"]) if model.lora else total
+    mesh = " x ".join(f"{name} {size}" for name, size in model.placement.mesh.shape.items())
+    return (
+        f"model: {plan.config.base_model}: {total:,} parameters, {trained:,} trained "
+        f"({trained / total:.2%}); base {bytes_on_devices(frozen) / 2**20:,.1f} MiB, trained "
+        f"{bytes_on_devices(trainable) / 2**20:,.1f} MiB, {model.decoder.dtype} on {mesh} "
+        f"{jax.default_backend()}"
+    )
+
+
+def describe_result(plan: Plan, result: TrainResult) -> str:
+    """Returns where the results are and how to chat with them."""
+    kind = "adapter" if plan.model.lora else "model"
+    lines = [f"{kind}, loss curve and model card: {result.output_dir}"]
+    chat = "jaxlora chat "
+    if plan.model.lora:
+        chat += f"{plan.config.base_model} --adapter {plan.config.output_dir}"
+    else:
+        chat += f"{plan.config.output_dir}"
+    lines.append(f"chat with it: {chat}")
+    return "\n".join(lines)

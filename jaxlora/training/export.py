@@ -1,0 +1,91 @@
+"""Trained weights out: a PEFT adapter, or the whole model of a full fine-tune."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora import lora
+from jaxlora.checkpoints.peft import save_adapter
+from jaxlora.checkpoints.save import save_model
+from jaxlora.checkpoints.store import CheckpointStore, locate
+from jaxlora.config.load import load_config
+from jaxlora.config.schema import Config
+from jaxlora.core.errors import UserError
+from jaxlora.core.tree import Tree, unflatten
+from jaxlora.training.resume import CHECKPOINTS
+from jaxlora.training.setup import Model, open_model
+from jaxlora.training.state import make_tx
+
+
+def export_weights(config: Config, model: Model, trainable: Tree, folder: Path) -> None:
+    """Writes the PEFT adapter, or the whole model of a full fine-tune, with its tokenizer.
+
+    Raises:
+      UserError: weights that are not finite, or a folder that cannot be written.
+    """
+    if model.lora is None:
+        save_model(
+            unflatten(trainable["params"]),
+            model.cfg,
+            folder,
+            source_folder=model.folder,
+            dtype=model.decoder.dtype,
+            overwrite=True,
+        )
+        return
+    save_adapter(
+        folder,
+        trainable["adapter"],
+        model.targets,
+        model.lora,
+        base_name=config.base_model,
+        revision=config.revision_of_model,
+        fingerprint=model.fingerprint or None,
+    )
+    model.tokenizer.save_pretrained(str(folder))
+
+
+def export_checkpoint(source: str | Path, output: str | Path) -> int:
+    """Turns a training checkpoint into a PEFT adapter (or model) folder; returns its step.
+
+    Args:
+      source: a run's output folder (newest good checkpoint), or one of its checkpoints.
+      output: folder to write.
+
+    Raises:
+      UserError: no checkpoint there, a damaged one, or an output folder that holds something.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output}: is not an empty folder; choose a new one for the export.")
+    store_folder, step = locate(source)
+    if step is None and (store_folder / CHECKPOINTS).is_dir():
+        store_folder = store_folder / CHECKPOINTS
+    written = store_folder.parent / "config.yml"
+    if not written.is_file():
+        raise UserError(f"{source}: is not a run's output folder or a checkpoint inside one.")
+    config = load_config(written)
+    model = open_model(config)
+    restored, meta = CheckpointStore(store_folder).restore(step, abstract_state(config, model))
+    export_weights(config, model, restored["trainable"], output)
+    return meta["step"]
+
+
+def abstract_state(config: Config, model: Model) -> Tree:
+    """Returns shapes and dtypes of what a checkpoint of this run holds; reads no weights."""
+    shapes = {
+        path: jax.ShapeDtypeStruct(spec.full_shape, jnp.float32)
+        for path, spec in model.specs.items()
+    }
+    trainable: Tree = {"params": {}, "adapter": {}}
+    if model.lora is None:
+        trainable["params"] = shapes
+    else:
+        trainable["adapter"] = jax.eval_shape(
+            lambda params, key: lora.init(params, model.targets, key),
+            unflatten(shapes),
+            jax.random.key(0),
+        )
+    optimizer, _ = make_tx(config, trainable, model.specs, total_steps=1)
+    return {"trainable": trainable, "optimizer": jax.eval_shape(optimizer.init, trainable)}

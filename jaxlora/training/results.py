@@ -1,0 +1,100 @@
+"""What a finished run tells: its result, the loss curve and the model card."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jaxlora import __version__
+from jaxlora.config.load import dump_config
+from jaxlora.training.metrics import METRICS_FILE, read_lines
+from jaxlora.training.plot import LOSS_PLOT, plot_losses
+from jaxlora.training.setup import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """The outcome of a run.
+
+    Attributes:
+      output_dir: the run's folder; holds the adapter or model, the curve and the card.
+      steps: optimizer steps done in all.
+      loss: last training loss in nats per trained token.
+      eval_loss, eval_loss_before: held-out loss after and before, None without held-out data.
+      exact_match, exact_match_before: share of exact held-out answers, if asked for.
+      tokens_per_s: throughput, compilation and evaluation left out, padding not counted.
+    """
+
+    output_dir: Path
+    steps: int
+    loss: float
+    eval_loss: float | None
+    eval_loss_before: float | None
+    exact_match: float | None
+    exact_match_before: float | None
+    tokens_per_s: float
+
+
+def write_report(plan: Plan, result: TrainResult) -> None:
+    """Writes the loss curve and the model card."""
+    records = read_lines(result.output_dir / METRICS_FILE)
+    plot_losses(records, result.output_dir / LOSS_PLOT, f"{plan.config.base_model}")
+    (result.output_dir / "README.md").write_text(_card(plan, result))
+
+
+def _card(plan: Plan, result: TrainResult) -> str:
+    config = plan.config
+    adapter = plan.model.lora is not None
+    front = {
+        "base_model": config.base_model,
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+    }
+    rows = [
+        ("steps", f"{result.steps}"),
+        ("training loss, last step", f"{result.loss:.4f}"),
+        ("held-out loss before", _number(result.eval_loss_before)),
+        ("held-out loss after", _number(result.eval_loss)),
+        ("held-out exact match before", _share(result.exact_match_before)),
+        ("held-out exact match after", _share(result.exact_match)),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows if value)
+    use = (
+        f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({config.base_model!r}), "
+        "folder)"
+        if adapter
+        else "AutoModelForCausalLM.from_pretrained(folder)"
+    )
+    return f"""---
+{_front_matter(front)}
+tags:
+- jaxlora
+---
+# {result.output_dir.name}
+
+{"LoRA adapter for" if adapter else "Full fine-tune of"} `{config.base_model}`, trained with
+jaxlora {__version__}. Load it with `{use}`.
+
+| result | |
+|---|---|
+{table}
+
+![loss]({LOSS_PLOT})
+
+## Configuration
+
+```yaml
+{dump_config(config).strip()}
+```
+"""
+
+
+def _front_matter(fields: dict[str, Any]) -> str:
+    return "\n".join(f"{name}: {value}" for name, value in fields.items())
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"

@@ -1,0 +1,108 @@
+"""Continuing a run: which checkpoint, and whether it belongs to this configuration."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jaxlora.checkpoints import run_folder
+from jaxlora.checkpoints.store import CheckpointStore, locate
+from jaxlora.config import derived
+from jaxlora.config.schema import Config
+from jaxlora.core.errors import UserError
+from jaxlora.training.setup import Plan
+from jaxlora.training.state import TrainState, saved
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a run starts.
+
+    Attributes:
+      continues: the output folder already belongs to this run.
+      store: folder of checkpoints to restore from, None for a fresh start.
+      step: the checkpoint, None for the newest good one.
+    """
+
+    continues: bool
+    store: Path | None = None
+    step: int | None = None
+
+
+def find_origin(config: Config) -> Origin:
+    """Reads `resume_from_checkpoint` and `auto_resume_from_checkpoints`.
+
+    Raises:
+      UserError: a checkpoint path that does not exist.
+    """
+    own = Path(config.output_dir).expanduser().absolute() / CHECKPOINTS
+    wanted = config.resume_from_checkpoint
+    if isinstance(wanted, str):
+        store, step = locate(wanted)
+        if step is None and (store / CHECKPOINTS).is_dir():
+            store = store / CHECKPOINTS
+        if not CheckpointStore(store).steps():
+            raise UserError(f"resume_from_checkpoint: {wanted}: no checkpoint there.")
+        return Origin(store == own, store, step)
+    continues = bool(wanted)
+    if config.auto_resume_from_checkpoints:
+        continues = continues or run_folder.holds_run(config.output_dir)
+    # A run killed before its first checkpoint continues from step 0 in its folder.
+    has_checkpoint = continues and CheckpointStore(own).steps()
+    return Origin(continues, own if has_checkpoint else None)
+
+
+def identity(plan: Plan) -> dict[str, Any]:
+    """Returns what must not change between a checkpoint and the run that continues it."""
+    config, batches = plan.config, plan.batches
+    storage = derived.quantization(config)
+    return {
+        "base_model": plan.model.fingerprint,
+        "data": plan.data.fingerprint,
+        "seed": config.seed,
+        "sequence_len": config.sequence_len,
+        "sample_packing": config.sample_packing,
+        "rows_per_step": batches.rows * batches.accumulation,
+        "gradient_accumulation": batches.accumulation,
+        "total_steps": plan.total_steps,
+        "optimizer": config.optimizer,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler": config.lr_scheduler,
+        "cosine_min_lr_ratio": config.cosine_min_lr_ratio,
+        "warmup_steps": derived.warmup_steps(config, plan.total_steps),
+        "weight_decay": config.weight_decay,
+        "adam_beta1": config.adam_beta1,
+        "adam_beta2": config.adam_beta2,
+        "adam_epsilon": config.adam_epsilon,
+        "max_grad_norm": config.max_grad_norm,
+        "quantization": storage and [storage.format, storage.double_quant],
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "scales": {path: list(target.scales) for path, target in plan.model.targets.items()},
+    }
+
+
+def restore(origin: Origin, plan: Plan, state: TrainState, store: CheckpointStore) -> TrainState:
+    """Returns the state of the checkpoint `origin` names.
+
+    Args:
+      origin: from `find_origin`.
+      plan: the run that continues.
+      state: a fresh state: structure, shapes and shardings to restore into.
+      store: the store this run saves to, which then knows where it stands.
+
+    Raises:
+      UserError: no good checkpoint, or one of a run with other settings, named.
+    """
+    assert origin.store is not None
+    source = store if origin.store == store.folder else CheckpointStore(origin.store)
+    restored, meta = source.restore(origin.step, saved(state))
+    was, now = meta["identity"], identity(plan)
+    for name in now:
+        if was.get(name) != now[name]:
+            raise UserError(
+                f"resume_from_checkpoint: {name} was {was.get(name)!r} in the checkpoint and is "
+                f"{now[name]!r} now; put it back, or start anew in another output_dir."
+            )
+    return TrainState(restored["trainable"], restored["optimizer"], state.frozen, meta["step"])

@@ -1,0 +1,166 @@
+"""Everything about a run that can be known, and refused, before weights are read."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxlora.checkpoints import hub
+from jaxlora.checkpoints.fingerprint import base_fingerprint
+from jaxlora.checkpoints.load import read_model_config
+from jaxlora.checkpoints.peft import load_adapter
+from jaxlora.config import derived, settings
+from jaxlora.config.schema import Config
+from jaxlora.core.errors import UserError
+from jaxlora.data.batches import Batches
+from jaxlora.data.prepare import Prepared, prepare
+from jaxlora.data.table import check_vocabulary
+from jaxlora.data.tokenizer import load_tokenizer, pad_id
+from jaxlora.lora import LoraConfig, Target, match
+from jaxlora.lora.transform import Adapter
+from jaxlora.models.config import DecoderConfig
+from jaxlora.models.decoder import Decoder
+from jaxlora.models.parameters import ParamSpec, describe
+from jaxlora.parallel.mesh import batch_shards, make_mesh
+from jaxlora.parallel.rules import Placement
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The base model of a run: where it is and what it is, without its weights.
+
+    Attributes:
+      folder: local folder with config.json, weights and tokenizer.
+      targets: leaves with an adapter; empty in full fine-tuning.
+      lora: the adapter's options, None in full fine-tuning.
+      adapter: arrays to start from (`lora_model_dir`), None for fresh ones.
+    """
+
+    folder: Path
+    cfg: DecoderConfig
+    specs: dict[str, ParamSpec]
+    tokenizer: Any
+    fingerprint: str
+    targets: dict[str, Target]
+    lora: LoraConfig | None
+    adapter: Adapter | None
+    decoder: Decoder
+    placement: Placement
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A checked run: model, data and the numbers that follow from both."""
+
+    config: Config
+    model: Model
+    data: Prepared
+    batches: Batches
+    eval_batches: Batches | None
+    total_steps: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.batches.steps_per_epoch
+
+
+def open_model(config: Config) -> Model:
+    """Finds the base model, reads its description and matches the adapter's rules.
+
+    Raises:
+      UserError: missing or unsupported model, rules that match nothing, an oversized tokenizer.
+    """
+    folder = hub.resolve(config.base_model, config.revision_of_model)
+    described = hub.resolve(config.base_model_config) if config.base_model_config else folder
+    cfg, _ = read_model_config(described)
+    specs = describe(cfg)
+    fingerprint = "" if config.reinit_weights else base_fingerprint(folder)
+    lora = settings.lora_config(config)
+    targets: dict[str, Target] = {}
+    adapter = None
+    if lora is not None and config.lora_model_dir:
+        start = hub.resolve(config.lora_model_dir)
+        adapter, targets, lora = load_adapter(start, specs, fingerprint=fingerprint or None)
+        targets = _with_dropout(targets, config.lora_dropout)
+    elif lora is not None:
+        modules = {path: spec.modules() for path, spec in specs.items() if spec.kind == "linear"}
+        stacked = [path for path, spec in specs.items() if spec.layers is not None]
+        targets = match(modules, lora, stacked)
+    tokenizer = load_tokenizer(
+        config.tokenizer_config or folder,
+        special_tokens=config.special_tokens.model_dump(exclude_none=True),
+    )
+    _check_tokenizer(tokenizer, cfg, config.base_model)
+    placement = Placement(make_mesh(config.mesh.model_dump()))
+    decoder = Decoder(
+        cfg,
+        dtype=derived.compute_dtype(config, jax.default_backend()),
+        remat=derived.remat_policy(config),
+        constrain=placement.constrain,
+    )
+    return Model(
+        folder, cfg, specs, tokenizer, fingerprint, targets, lora, adapter, decoder, placement
+    )
+
+
+def _with_dropout(targets: dict[str, Target], dropout: float) -> dict[str, Target]:
+    return {path: dataclasses.replace(target, dropout=dropout) for path, target in targets.items()}
+
+
+def _check_tokenizer(tokenizer: Any, cfg: DecoderConfig, base: str) -> None:
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= cfg.vocab_size:
+        raise UserError(
+            f"{base}: the tokenizer has token id {largest} but the embedding only {cfg.vocab_size} "
+            "rows; use this model's own tokenizer, or drop the tokens added in special_tokens."
+        )
+
+
+def make_plan(config: Config, say: Say = lambda text: None) -> Plan:
+    """Opens the model, prepares the data and derives the length of the run.
+
+    Raises:
+      UserError: anything wrong with the model's description, the data or their fit.
+    """
+    model = open_model(config)
+    options = settings.data_options(config)
+    data = prepare(
+        settings.train_specs(config),
+        settings.held_out_specs(config),
+        options,
+        model.tokenizer,
+        progress=lambda rows, tokens: say(f"tokenized {rows:,} rows, {tokens:,} tokens"),
+    )
+    replicas = batch_shards(model.placement.mesh)
+    shared: dict[str, Any] = {
+        "sequence_len": config.sequence_len,
+        "seed": config.seed,
+        "pad_id": pad_id(model.tokenizer),
+        "pad": options.pad_to_sequence_len,
+        "vocab_size": model.cfg.vocab_size,
+    }
+    check_vocabulary(data.train, model.cfg.vocab_size)
+    batches = Batches(
+        data.train,
+        rows=config.micro_batch_size * replicas,
+        accumulation=derived.accumulation_steps(config, replicas),
+        packing=config.sample_packing,
+        shuffle=config.shuffle_merged_datasets,
+        **shared,
+    )
+    eval_batches = None
+    if data.evaluation is not None:
+        check_vocabulary(data.evaluation, model.cfg.vocab_size)
+        eval_batches = Batches(
+            data.evaluation,
+            rows=derived.eval_rows(config) * replicas,
+            packing=derived.eval_packing(config),
+            shuffle=False,
+            **shared,
+        )
+    total = derived.total_steps(config, batches.steps_per_epoch)
+    return Plan(config, model, data, batches, eval_batches, total)

@@ -1,0 +1,145 @@
+"""The arrays of a run: what is trained, what is frozen, the optimizer's state."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxlora import lora
+from jaxlora.checkpoints.load import QuantSpec, load_params
+from jaxlora.config import derived
+from jaxlora.config.schema import Config
+from jaxlora.core.tree import Tree, flatten, unflatten
+from jaxlora.models.parameters import ParamSpec, init_params
+from jaxlora.optim.optimizers import make_optimizer
+from jaxlora.optim.schedules import make_schedule
+from jaxlora.parallel.rules import Placement
+from jaxlora.training.setup import Model
+
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass
+class TrainState:
+    """`trainable` is ``{"params": {path: array}, "adapter": {...}}``, float32; see `train.step`."""
+
+    trainable: Tree
+    opt_state: Any
+    frozen: Tree
+    step: int = 0
+
+
+def load_weights(
+    config: Config, model: Model, progress: Progress | None = None
+) -> tuple[Tree, Tree]:
+    """Returns ``(trainable, frozen)`` on the devices: base weights, adapter loaded or fresh.
+
+    Raises:
+      UserError: missing, leftover, misshapen or damaged tensors.
+    """
+    key = jax.random.key(config.seed)
+    trains_all = model.lora is None
+    # What trains is kept in float32: bfloat16 cannot hold a small update of a large weight.
+    dtype = jnp.float32 if trains_all else model.decoder.dtype
+
+    def place(path: str, leaf: Any) -> Any:
+        spec = model.specs[path]
+        return model.placement.weight(leaf, spec.axes, stacked=spec.layers is not None)
+
+    if config.reinit_weights:
+        fresh = flatten(init_params(model.cfg, key, dtype))
+        leaves = {path: place(path, leaf) for path, leaf in fresh.items()}
+    else:
+        params = load_params(
+            model.folder,
+            model.cfg,
+            dtype=dtype,
+            quantization=quant_spec(config),
+            place=place,
+            progress=progress,
+        )
+        leaves = flatten(params)
+    if trains_all:
+        return {"params": leaves, "adapter": {}}, {}
+    adapter = model.adapter
+    if adapter is None:
+        adapter = lora.init(unflatten(leaves), model.targets, jax.random.fold_in(key, 1))
+    adapter = {
+        path: model.placement.adapter(pair, model.specs[path].axes, stacked=True)
+        for path, pair in adapter.items()
+    }
+    return {"params": {}, "adapter": adapter}, leaves
+
+
+def quant_spec(config: Config) -> QuantSpec | None:
+    """Returns how the frozen base is stored, None for plain arrays."""
+    chosen = derived.quantization(config)
+    return chosen and QuantSpec(chosen.format, double_quant=chosen.double_quant)
+
+
+def make_tx(
+    config: Config, trainable: Tree, specs: Mapping[str, ParamSpec], total_steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Returns the optimizer of a run and its learning-rate schedule."""
+    schedule = make_schedule(
+        config.lr_scheduler,
+        config.learning_rate,
+        total_steps=total_steps,
+        warmup_steps=derived.warmup_steps(config, total_steps),
+        min_ratio=config.cosine_min_lr_ratio or 0.0,
+    )
+    pairs = {
+        path: {part: part != "magnitude" for part in pair}
+        for path, pair in trainable["adapter"].items()
+    }
+    kinds = {path: specs[path].kind for path in trainable["params"]}
+    optimizer = make_optimizer(
+        derived.optimizer(config),
+        schedule,
+        # As in transformers: norms and biases do not decay.
+        decayed={
+            "params": {path: kind not in ("norm", "bias") for path, kind in kinds.items()},
+            "adapter": pairs,
+        },
+        matrices={
+            "params": {path: kind == "linear" for path, kind in kinds.items()},
+            "adapter": pairs,
+        },
+        weight_decay=config.weight_decay,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        max_grad_norm=config.max_grad_norm,
+    )
+    return optimizer, schedule
+
+
+def init_optimizer(
+    optimizer: optax.GradientTransformation, trainable: Tree, placement: Placement
+) -> Any:
+    """Returns a fresh optimizer state; moments live where their parameters live."""
+    shardings = jax.tree.map(lambda x: x.sharding, trainable)
+    state = jax.jit(optimizer.init)(trainable)
+    return optax.tree_utils.tree_map_params(
+        optimizer,
+        jax.device_put,
+        state,
+        shardings,
+        transform_non_params=lambda x: jax.device_put(x, placement.sharding((), ())),
+    )
+
+
+def saved(state: TrainState) -> Tree:
+    """Returns the part of the state that a checkpoint holds."""
+    return {"trainable": state.trainable, "optimizer": state.opt_state}
+
+
+def bytes_on_devices(tree: Any) -> int:
+    """Returns the bytes the arrays of a tree take, 4-bit values counted as half a byte."""
+    return sum(
+        int(np.ceil(leaf.size * (0.5 if leaf.dtype == jnp.int4 else leaf.dtype.itemsize)))
+        for leaf in jax.tree.leaves(tree)
+    )

@@ -1,0 +1,114 @@
+"""One jitted, donated step for full fine-tuning, LoRA and QLoRA.
+
+A method is which leaves train and how the frozen ones are stored. Both are in the trees, so the
+step has no branch on the method: `trainable` is ``{"params": {path: array}, "adapter": {...}}`` and
+`frozen` is ``{path: leaf}``.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from jaxlora import lora
+from jaxlora.core.tree import Tree, unflatten
+from jaxlora.lora import Target
+from jaxlora.models.decoder import Decoder, bind
+from jaxlora.ops.loss import chunked_cross_entropy
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def weights(
+    trainable: Tree, frozen: Tree, targets: Mapping[str, Target], key: jax.Array | None = None
+) -> Tree:
+    """Returns the parameter tree a decoder binds: trained leaves in place, LoRA on top.
+
+    Args:
+      trainable: what trains.
+      frozen: ``{path: leaf}`` of what does not.
+      targets: of the adapter.
+      key: dropout key of this forward pass; None in evaluation.
+    """
+    params = unflatten({**frozen, **trainable["params"]})
+    return lora.apply(params, trainable["adapter"], targets, key)
+
+
+def token_loss_sum(decoder: Decoder, params: Tree, batch: Batch) -> Float[Array, ""]:
+    """Returns the sum of the weighted token losses in nats of a ``[rows, T]`` batch."""
+    model = bind(decoder, params)
+    hidden, _ = model(batch["tokens"], batch["positions"], batch["segment_ids"])
+    return chunked_cross_entropy(model.logits, hidden, batch["targets"], batch["weights"])
+
+
+def make_train_step(
+    decoder: Decoder,
+    targets: Mapping[str, Target],
+    optimizer: optax.GradientTransformation,
+    seed_key: jax.Array,
+    like: tuple[Tree, Any],
+) -> Callable[..., tuple[Tree, Any, Metrics]]:
+    """Returns ``step(trainable, opt_state, frozen, batch, number)``, jitted, its state donated.
+
+    The batch is ``[accumulation, rows, T]``. Loss and gradient sums of the micro-batches are added
+    up and divided once by the number of trained tokens, so neither depends on how the batch was
+    cut. If the loss or the gradient is not finite the state comes back unchanged.
+
+    Args:
+      decoder: unbound decoder.
+      targets: of the adapter.
+      optimizer: from `jaxlora.optim.optimizers`.
+      seed_key: typed PRNG key; step and micro-batch numbers are folded into it.
+      like: ``(trainable, opt_state)`` as they will come in; they go out placed the same way, so
+        that the second step does not compile anew.
+    """
+    placed = jax.tree.map(lambda x: x.sharding, like)
+
+    def step(trainable, opt_state, frozen, batch: Batch, number: Int[Array, ""]):
+        step_key = jax.random.fold_in(seed_key, number)
+
+        def loss_of(trainable, micro_batch, key):
+            return token_loss_sum(decoder, weights(trainable, frozen, targets, key), micro_batch)
+
+        def add_micro_batch(sums, inputs):
+            micro_batch, index = inputs
+            micro = jax.value_and_grad(loss_of)(
+                trainable, micro_batch, jax.random.fold_in(step_key, index)
+            )
+            return jax.tree.map(jnp.add, sums, micro), None
+
+        zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trainable))
+        numbers = jnp.arange(batch["tokens"].shape[0])
+        (loss_sum, gradient_sum), _ = jax.lax.scan(add_micro_batch, zeros, (batch, numbers))
+        tokens = jnp.sum(batch["weights"])
+        loss = loss_sum / tokens
+        gradient = jax.tree.map(lambda g: g / tokens, gradient_sum)
+        norm = optax.global_norm(gradient)
+        updates, new_opt_state = optimizer.update(gradient, opt_state, trainable)
+        updated = optax.apply_updates(trainable, updates)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+        trainable, opt_state = jax.tree.map(keep, (updated, new_opt_state), (trainable, opt_state))
+        return trainable, opt_state, {"loss": loss, "grad_norm": norm, "trained_tokens": tokens}
+
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=(*placed, None))
+
+
+def make_eval_step(decoder: Decoder, targets: Mapping[str, Target]) -> Callable[..., Any]:
+    """Returns ``step(trainable, frozen, batch) -> (loss sum, trained tokens)``, without dropout."""
+
+    @jax.jit
+    def step(trainable, frozen, batch: Batch):
+        params = weights(trainable, frozen, targets)
+
+        def add_micro_batch(total, micro_batch):
+            return total + token_loss_sum(decoder, params, micro_batch), None
+
+        total, _ = jax.lax.scan(add_micro_batch, jnp.zeros((), jnp.float32), batch)
+        return total, jnp.sum(batch["weights"])
+
+    return step
