@@ -26,7 +26,8 @@ CONFIGS = {
     ),
     "regex": LoraConfig(r=3, target_modules=r".*\.(0|1)\..*(gate|up)_proj"),
     "rslora": LoraConfig(r=5, alpha=7, use_rslora=True, rank_pattern={"v_proj": 3}),
-    "dora": LoraConfig(r=4, use_dora=True, exclude_modules=("lm_head", "k_proj")),
+    "dora": LoraConfig(r=4, use_dora=True, exclude_modules=("k_proj",)),
+    "some dora": LoraConfig(r=4, use_dora=True, layers_to_transform=(1,)),
     "head": LoraConfig(r=4, target_modules=("q_proj", "lm_head")),
 }
 
@@ -53,7 +54,7 @@ def make(base, config, seed=0):
         b = rng.standard_normal((*lead, target.rank, out_dim)) * used.swapaxes(-1, -2)
         pair = {"a": a, "b": b}
         if target.dora:
-            pair["magnitude"] = rng.uniform(1, 2, (*lead, out_dim))
+            pair["magnitude"] = rng.uniform(1, 2, (*lead, out_dim)) * used.any(axis=-1)
         adapter[path] = {part: values.astype(np.float32) for part, values in pair.items()}
     return adapter, targets
 
@@ -130,10 +131,13 @@ def test_bfloat16_adapters_load_as_float32(saved, base):
     np.testing.assert_array_equal(leaf, np.asarray(expected).astype(ml_dtypes.bfloat16))
 
 
-def test_a_listed_module_that_no_model_of_this_kind_has_is_allowed_as_in_peft(saved, base):
-    _, targets, _ = load_adapter(
-        saved(lambda tensors, config: config["target_modules"].append("c_attn")), base[1]
-    )
+def test_rules_that_match_nothing_in_this_model_are_allowed_as_in_peft(saved, base):
+    def change(tensors, config):
+        config["target_modules"].append("c_attn")
+        config["exclude_modules"] = ["lm_head"]
+        config["rank_pattern"] = {"c_attn": 2}
+
+    _, targets, _ = load_adapter(saved(change), base[1])
     assert set(targets) == {f"layers/attention/{name}_proj/kernel" for name in "qv"}
 
 
@@ -173,10 +177,6 @@ CONFIG_FAULTS = {
     "rank": ({"r": "many"}, "wrong kind"),
     "no modules": ({"target_modules": None}, "target_modules is missing"),
     "typo": ({"target_modules": "q_porj"}, "does not fit this base model: .*q_porj"),
-    "some dora": (
-        {"use_dora": True, "layers_to_transform": [0]},
-        "use_dora on some layers only is not supported",
-    ),
 }
 
 

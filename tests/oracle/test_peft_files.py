@@ -34,6 +34,7 @@ CONFIGS = {
         rank_pattern={r"layers\.1\.self_attn\.q_proj": 7, "down_proj": 3},
         alpha_pattern={r"layers\.[02]\..*k_proj": 5, "down_proj": 2.5},
     ),
+    "dora on a layer": LoraConfig(r=4, use_dora=True, layers_to_transform=(1,)),
     "layers": LoraConfig(r=2, target_modules=("o_proj", "up_proj"), layers_to_transform=(0, 2)),
 }
 
@@ -84,7 +85,7 @@ def random_adapter(base, config):
         used = np.any(np.asarray(pair["a"]) != 0, axis=-2)[..., None]
         pair["b"] = jnp.asarray(0.1 * rng.standard_normal(pair["b"].shape) * used, jnp.float32)
         if "magnitude" in pair:
-            pair["magnitude"] *= rng.uniform(0.8, 1.2, pair["magnitude"].shape)
+            pair["magnitude"] = pair["magnitude"] * rng.uniform(0.8, 1.2, pair["magnitude"].shape)
     return adapter, targets
 
 
@@ -117,6 +118,11 @@ PEFT_OPTIONS = {
     "all": {"target_modules": "all-linear"},
     "dora": {"target_modules": ["k_proj", "up_proj"], "use_dora": True},
     "rslora": {"target_modules": r".*\.[01]\..*_proj", "use_rslora": True},
+    "dora on a layer": {
+        "target_modules": ["o_proj", "down_proj"],
+        "layers_to_transform": [2],
+        "use_dora": True,
+    },
     "mixed": {
         "target_modules": ["o_proj", "gate_proj"],
         "layers_to_transform": [1, 2],
@@ -127,8 +133,10 @@ PEFT_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", PEFT_OPTIONS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in PEFT_OPTIONS), ("dora", torch.bfloat16)],
+)
 def test_adapter_made_by_peft_imports_with_its_logits(base, our_logits, tmp_path, name, dtype):
     folder, _, params, specs = base
     options = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.05, "task_type": "CAUSAL_LM"}
