@@ -1,0 +1,36 @@
+# The checks of this project. `make check` is what CI runs; the slow suites have a target each.
+PYTHON ?= python
+
+.PHONY: check lint format types floors test oracle reliability quickstart base
+
+check: lint format types floors test
+
+lint:
+	$(PYTHON) -m ruff check .
+
+format:
+	$(PYTHON) -m ruff format --check .
+
+types:
+	$(PYTHON) -m pyright
+
+floors:
+	lint-imports
+
+test:
+	$(PYTHON) -m pytest
+
+# The whole comparison with transformers, PEFT and bitsandbytes.
+oracle:
+	$(PYTHON) -m pytest -m "oracle" tests
+
+# Kill, damage and resume trials, many of each.
+reliability:
+	$(PYTHON) -m pytest -m "reliability" tests
+
+quickstart:
+	jaxlora train configs/quickstart.yml
+
+# Rebuilds the embedded tiny Llama and the quickstart's data (see scripts/build_tiny_base.py).
+base:
+	$(PYTHON) scripts/build_tiny_base.py
