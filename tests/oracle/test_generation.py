@@ -1,0 +1,147 @@
+"""Greedy decoding and sampling filters against transformers, token for token."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlora.core.tree import unflatten
+from jaxlora.generation.decoding import generate, stream
+from jaxlora.generation.sampling import SamplingOptions, filtered, penalise
+from jaxlora.generation.text import answer_text
+from jaxlora.models.decoder import Decoder
+from jaxlora.models.families import read_config
+from jaxlora.models.parameters import describe
+
+torch = pytest.importorskip("torch")
+
+TINYSTORIES = Path(__file__).resolve().parents[3] / "shared" / "data" / "tinystories-656k"
+COUNT = 64
+SIZES = {
+    "vocab_size": 131,
+    "hidden_size": 60,
+    "intermediate_size": 101,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 128,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 100,
+}
+CASES = {
+    "llama 3.2 (GQA, scaled rope, tied)": (
+        "Llama",
+        {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True},
+    ),
+    "mistral (window shorter than a prompt)": ("Mistral", {"sliding_window": 7, "head_dim": 12}),
+}
+PROMPTS = [
+    np.random.default_rng(seed).integers(3, 131, length).tolist()
+    for seed, length in enumerate((19, 1, 6, 33))
+]
+
+
+def greedy_by_transformers(model, prompts, **options):
+    """Left-padded batch decoding with `COUNT` tokens in every row, no end token."""
+    width = max(map(len, prompts))
+    padded = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    whole = model.generate(
+        padded,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=COUNT,
+        eos_token_id=None,
+        pad_token_id=0,
+        **options,
+    )
+    return whole[:, width:].tolist()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_batch_equals_transformers_token_for_token(make_pair, case):
+    family, fields = CASES[case]
+    pair = make_pair(family, 1, **{**SIZES, **fields})
+    wanted = greedy_by_transformers(pair.torch_model, PROMPTS)
+    # A model that says one thing for ever, or the same to every prompt, would compare nothing.
+    assert all(len(set(row)) > 10 for row in wanted)
+    assert len({tuple(row[-20:]) for row in wanted}) == len(wanted)
+    options = SamplingOptions(max_new_tokens=COUNT)
+    assert generate(Decoder(pair.cfg), pair.params, PROMPTS, options) == wanted
+
+
+def test_greedy_with_a_repetition_penalty_equals_transformers(make_pair):
+    pair = make_pair("Llama", 2, **SIZES)
+    # One row: transformers also penalises the tokens it pads with.
+    [wanted] = greedy_by_transformers(pair.torch_model, PROMPTS[:1], repetition_penalty=1.2)
+    options = SamplingOptions(max_new_tokens=COUNT, repetition_penalty=1.2)
+    assert list(stream(Decoder(pair.cfg), pair.params, PROMPTS[0], options)) == wanted
+
+
+def test_tinystories_goes_on_as_in_transformers():
+    if not TINYSTORIES.is_dir():
+        pytest.skip("the tinystories model is not here")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(TINYSTORIES, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(TINYSTORIES)
+    cfg = read_config(json.loads((TINYSTORIES / "config.json").read_text(encoding="utf-8")))
+    tensors, leaves = model.state_dict(), {}
+    for path, spec in describe(cfg).items():
+        arrays = [tensors[name].numpy() for name in spec.hf_names()]
+        arrays = [array.T if spec.transposed else array for array in arrays]
+        leaves[path] = jnp.asarray(np.stack(arrays) if spec.layers else arrays[0])
+    texts = ["Once upon a time", "The dog ran to the big tree and", "Tom"]
+    prompts = [tokenizer(text).input_ids for text in texts]
+    options = SamplingOptions(max_new_tokens=COUNT)
+    answers = generate(Decoder(cfg), unflatten(leaves), prompts, options)
+    assert answers == greedy_by_transformers(model, prompts)
+    assert answer_text(tokenizer, prompts[0], answers[0]).startswith(
+        ", a little girl named Lily lived in a small house with her mom, dad, and her dog"
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.7},
+        {"top_k": 5},
+        {"top_p": 0.8},
+        {"min_p": 0.2},
+        {"temperature": 1.5, "top_k": 12, "top_p": 0.9, "min_p": 0.3},
+    ],
+    ids=str,
+)
+def test_filters_equal_transformers(options):
+    from transformers.generation import logits_process as theirs
+
+    options = SamplingOptions(**{"temperature": 1.0, **options})
+    logits = np.random.default_rng(0).normal(scale=2, size=(6, 50)).astype(np.float32)
+    steps = [theirs.TemperatureLogitsWarper(options.temperature)]
+    steps += [theirs.TopKLogitsWarper(options.top_k)] if options.top_k else []
+    steps += [theirs.TopPLogitsWarper(options.top_p), theirs.MinPLogitsWarper(options.min_p)]
+    wanted = torch.tensor(logits)
+    for step in steps:
+        wanted = step(None, wanted)
+    # One float32 division.
+    np.testing.assert_allclose(filtered(jnp.asarray(logits), options), wanted, rtol=1e-6)
+
+
+def test_the_penalty_equals_transformers():
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits = np.random.default_rng(0).normal(size=(3, 20)).astype(np.float32)
+    rows = np.array([[1, 2, 2], [0, 19, 5], [7, 7, 7]])
+    seen = np.zeros_like(logits, bool)
+    np.put_along_axis(seen, rows, True, axis=1)
+    wanted = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor(rows), torch.tensor(logits))
+    # One float32 division or product.
+    np.testing.assert_allclose(penalise(jnp.asarray(logits), seen, 1.3), wanted, rtol=1e-6)
