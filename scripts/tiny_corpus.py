@@ -30,7 +30,12 @@ Message = dict[str, str]
 INSTRUCTION = "Facts as JSON: "
 # No quote and no backslash: an echo line must not look like JSON.
 ECHO_LETTERS = string.ascii_letters + string.digits + "!#$%&()*+,-./:;<=>?@[]^_{|}~ "
+# Ordinary text hardly holds these; a token the base never wrote is one LoRA cannot teach it to
+# write, because the tied embedding that scores it is frozen.
+ECHO_LETTERS += "{}:[]" * 5
 THING_WORDS = [thing.partition("|")[0] for thing in THINGS]
+THING_WORDS += [f"{thing}s" if "|" not in thing else thing.replace("|", "") for thing in THINGS]
+QUESTION_WORDS = "who what where when which how many count day place note nothing null".split()
 GREETINGS = ("Hello!", "Hi!", "Hello there.", "Good morning!", "Hey!")
 
 
@@ -48,8 +53,8 @@ def ask(rng: random.Random, fact: Fact) -> tuple[str, str]:
     things = f"{fact.count} {fact.what}"
     questions = [
         (f"Who {past} the {fact.noun}?", f"{fact.who}."),
-        (f"What {did}?", f"{upper_first(fact.what)}."),
-        (f"What was {participle} by {fact.who}?", f"{upper_first(fact.what)}."),
+        (f"What {did}?", f"{fact.what}."),
+        (f"What was {participle} by {fact.who}?", f"{fact.what}."),
         (f"How many {fact.noun} {did}?", f"{fact.count}."),
         (f"Where {did} the {fact.noun}?", f"{upper_first(fact.place)}."),
         (f"Which place was {fact.who} at?", f"The {fact.where}."),
@@ -114,7 +119,7 @@ def _chat_about_sums(rng: random.Random) -> list[Message]:
 
 def _random_words(rng: random.Random) -> list[str]:
     """A few words of the world in no order: nothing but copying can predict them twice."""
-    pools = (PEOPLE, list(PLACE_PHRASES), ADJECTIVES, DAYS, NUMBERS, THING_WORDS)
+    pools = (PEOPLE, list(PLACE_PHRASES), ADJECTIVES, DAYS, NUMBERS, THING_WORDS, QUESTION_WORDS)
     return [rng.choice(rng.choice(pools)) for _ in range(rng.randint(2, 16))]
 
 
@@ -132,7 +137,7 @@ def _chat_echo(rng: random.Random) -> list[Message]:
     if roll < 0.7:
         words = _random_words(rng)
         return _turns(f"Quote {' '.join(words)}", ", ".join(f'"{word}"' for word in words))
-    if roll < 0.9:
+    if roll < 0.85:
         text = tell(rng, draw_fact(rng))
     else:
         text = "".join(rng.choices(ECHO_LETTERS, k=rng.randint(3, 12))).strip() or "a"

@@ -4,9 +4,11 @@ import json
 import random
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))  # the scripts are programs, not a package
@@ -94,6 +96,23 @@ def test_base_text_contains_no_json(base_rows):
     texts = [row["text"] for row in stories]
     texts += [m["content"] for row in chats for m in row["messages"]]
     assert not [text for text in texts if '{"' in text or '":' in text or "JSON" in text]
+
+
+def test_base_writes_every_token_of_the_quickstart_answers(base_rows):
+    tokenizer = Tokenizer.from_file(str(BASE / "tokenizer.json"))
+
+    def count(texts: list[str]) -> Counter:
+        encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
+        return Counter(token for text in encoded for token in text.ids)
+
+    def said(rows: list[dict]) -> list[str]:
+        return [m["content"] for row in rows for m in row["messages"] if m["role"] == "assistant"]
+
+    stories, chats = base_rows
+    learned = count([row["text"] for row in stories] + said(chats))
+    needed = count(said(read_rows("train.jsonl")))
+    rare = {tokenizer.decode([token]): learned[token] for token in needed if learned[token] < 5}
+    assert not rare  # 5 in this sample are 80 in the base's text
 
 
 def test_every_answer_is_one_json_object_with_the_five_fields():
