@@ -30,8 +30,8 @@ Message = dict[str, str]
 INSTRUCTION = "Facts as JSON: "
 # No quote and no backslash: an echo line must not look like JSON.
 ECHO_LETTERS = string.ascii_letters + string.digits + "!#$%&()*+,-./:;<=>?@[]^_{|}~ "
-# Ordinary text hardly holds these; a token the base never wrote is one LoRA cannot teach it to
-# write, because the tied embedding that scores it is frozen.
+# Ordinary text hardly holds these. The tied embedding that scores a token is frozen under LoRA, so
+# the base should have written every token that the quickstart writes.
 ECHO_LETTERS += "{}:[]" * 5
 THING_WORDS = [thing.partition("|")[0] for thing in THINGS]
 THING_WORDS += [f"{thing}s" if "|" not in thing else thing.replace("|", "") for thing in THINGS]
@@ -187,8 +187,7 @@ def base_rows(seed: int, stories: int, chats: int) -> tuple[list[dict], list[dic
 def echo_rows(seed: int, count: int) -> list[dict]:
     """The rows of the first lesson: echoes only.
 
-    A small model trained on everything at once learns the grammar and stays there for thousands
-    of steps; after a few hundred steps of echoes it can copy, and questions come quickly.
+    Copying is the skill that every question needs, and an echo is nothing but copying.
     """
     rng = random.Random(f"echo {seed}")
     return [{"messages": echo_words(rng)} for _ in range(count)]
