@@ -82,7 +82,8 @@ _REFUSED = {
     "not available; sample_packing wastes less": "group_by_length curriculum_sampling",
     "not available; the vocabulary stays as it is": """tokens added_tokens_overrides
         fix_untrained_tokens""",
-    "not available; use adapter or train every weight": "unfrozen_parameters",
+    "not available; use adapter or train every weight": """unfrozen_parameters
+        lora_modules_to_save""",
     "not available; adapters start with a random A and B = 0": "peft_init_lora_weights peft",
     "not available; learning_rate holds for every weight": """loraplus_lr_ratio
         loraplus_lr_embedding lr_groups embedding_lr embedding_lr_scale""",

@@ -61,8 +61,6 @@ class AdapterKeys(Section):
     """Names of the linear layers to adapt, or one regular expression for their full names."""
     lora_target_linear: Flag = False
     """Adapts every linear layer but the output head."""
-    lora_modules_to_save: tuple[Text, ...] = ()
-    """Layers that are trained whole and saved with the adapter."""
     lora_model_dir: Text | None = None
     """Folder of an adapter to start from."""
     peft_use_rslora: Flag = False

@@ -1,1 +1,0 @@
-"""F4: the training program."""
