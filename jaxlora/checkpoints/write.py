@@ -47,7 +47,7 @@ def write_tensors(
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name, shape in shapes.items():
-            values = np.ascontiguousarray(tensor(name))
+            values = np.asarray(tensor(name), order="C")
             assert values.shape == tuple(shape), (name, values.shape, shape)
             assert values.dtype == dtype, (name, values.dtype, dtype)
             file.write(values.reshape(-1).view(np.uint8).data)
