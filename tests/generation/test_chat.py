@@ -96,6 +96,7 @@ def test_a_full_context_forgets_the_oldest_turns_and_says_so(session, tokenizer)
     messages, shown = talk(long, *[f"{number} {line}" for number in range(4)])
     assert contents(messages)[0] == ("s", "Be brief.")
     assert contents(messages)[-2:] == [("u", f"3 {line}"), ("a", "a cat")]
+    assert [role for role, _ in contents(messages)[1:]] == ["u", "a"] * (len(messages) // 2)
     assert f"0 {line}" not in [message["content"] for message in messages]
     assert f"[the oldest turn forgotten: the context of {context} tokens is full]" in shown
     assert shown.count("a cat") == 4

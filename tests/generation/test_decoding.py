@@ -66,6 +66,12 @@ def test_the_seed_decides_a_sampled_answer(random_model):
     assert generate(model.decoder, model.params, same, other)[0] != first
 
 
+def test_every_token_is_drawn_anew(parrot):
+    model = parrot({0: 0}, 50)  # says nothing about any other token: all equally likely
+    [answer] = generate(model.decoder, model.params, [[7]], SAMPLED)
+    assert len(set(answer)) > 6
+
+
 @pytest.mark.parametrize(
     "options",
     [TWELVE, SAMPLED, SamplingOptions(repetition_penalty=1.5, max_new_tokens=12)],
