@@ -13,11 +13,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxlora.core.errors import UserError
+from jaxlora.core.version import __version__
 
 if TYPE_CHECKING:
     from jaxlora.api import *  # noqa: F403
-
-__version__ = "0.1.0"
 
 _API = (
     "Config",

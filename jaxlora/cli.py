@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jaxlora import __version__
 from jaxlora.core.errors import UserError
+from jaxlora.core.version import __version__
 
 _EPILOG = """examples:
   jaxlora train configs/quickstart.yml                 fine-tune; the output folder tells the rest

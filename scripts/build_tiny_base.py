@@ -3,7 +3,7 @@
     python scripts/build_tiny_base.py              # all of it, weights included
     python scripts/build_tiny_base.py --no-weights # tokenizer, config and rows only (seconds)
 
-Text, random start and trained model are written to `build/tiny-base`, the result to
+Text and trained models are written to `build/tiny-base`, the result to
 `jaxlora/assets`. The base is trained from random weights by jaxlora's own full-parameter mode.
 """
 
@@ -14,10 +14,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import yaml
 from safetensors.flax import load_file, save_file
-from tiny_corpus import base_rows, echo_rows, quickstart_rows
+from tiny_corpus import base_rows, held_out_lists, quickstart_rows
 from tiny_tokenizer import BOS, EOS, PAD, save_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -26,14 +24,14 @@ ASSETS = ROOT / "jaxlora" / "assets"
 TRAINING = Path(__file__).with_name("tiny_base.yml")
 
 SEED = 0
-ECHOES, STORIES, CHATS = 25_000, 16_000, 64_000
+STORIES, CHATS, HELD_OUT = 5_000, 50_000, 200
 TOKENIZER_ROWS = 10_000  # enough to rank the world's words; more changes no merge that matters
 TRAIN_ROWS, TEST_ROWS = 2500, 150
 
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "vocab_size": 1024,
+    "vocab_size": 2048,
     "hidden_size": 128,
     "intermediate_size": 384,
     "num_hidden_layers": 4,
@@ -68,7 +66,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 def write_text() -> list[str]:
     """Writes the base's text to the build folder; returns the part the tokenizer is trained on."""
     stories, chats = base_rows(SEED, STORIES, CHATS)
-    write_rows(BUILD / "echoes.jsonl", echo_rows(SEED, ECHOES))
+    write_rows(BUILD / "held_out.jsonl", held_out_lists(SEED, HELD_OUT))
     write_rows(BUILD / "stories.jsonl", stories)
     write_rows(BUILD / "chats.jsonl", chats)
     share = TOKENIZER_ROWS // 5  # the two kinds in the proportion of the whole
@@ -86,65 +84,16 @@ def write_folder(folder: Path, texts: list[str]) -> None:
     write_json(folder / "generation_config.json", ids | {"do_sample": False})
 
 
-def tensor_shapes() -> dict[str, tuple[int, ...]]:
-    """Name and shape of each tensor of the model, as Hugging Face stores them."""
-    width, hidden = MODEL["hidden_size"], MODEL["intermediate_size"]
-    queries = MODEL["num_attention_heads"] * MODEL["head_dim"]
-    keys = MODEL["num_key_value_heads"] * MODEL["head_dim"]
-    shapes = {"model.embed_tokens.weight": (MODEL["vocab_size"], width)}
-    for layer in range(MODEL["num_hidden_layers"]):
-        shapes |= {
-            f"model.layers.{layer}.{name}.weight": shape
-            for name, shape in {
-                "input_layernorm": (width,),
-                "self_attn.q_proj": (queries, width),
-                "self_attn.k_proj": (keys, width),
-                "self_attn.v_proj": (keys, width),
-                "self_attn.o_proj": (width, queries),
-                "post_attention_layernorm": (width,),
-                "mlp.gate_proj": (hidden, width),
-                "mlp.up_proj": (hidden, width),
-                "mlp.down_proj": (width, hidden),
-            }.items()
-        }
-    return shapes | {"model.norm.weight": (width,)}
-
-
-def write_random_weights(folder: Path) -> None:
-    """Writes float32 weights to start from: ones for norms, normal for the rest."""
-    rng = np.random.default_rng(SEED)
-    tensors = {
-        name: jnp.ones(shape)
-        if len(shape) == 1
-        else jnp.asarray(rng.normal(0.0, MODEL["initializer_range"], shape), jnp.float32)
-        for name, shape in tensor_shapes().items()
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def train(random_start: Path, trained: Path) -> None:
-    """Trains every parameter with jaxlora: first the echoes, then everything, to `trained`."""
+def train(start: Path, trained: Path) -> None:
+    """Trains every parameter with jaxlora, from random weights, to `trained`."""
     import jaxlora  # only this step needs the trainer
 
-    copier = BUILD / "copier"
-    shutil.rmtree(copier, ignore_errors=True)
-    config = yaml.safe_load(TRAINING.read_text(encoding="utf-8"))
-    first_lesson = {
-        "datasets": [{"path": str(BUILD / "echoes.jsonl"), "type": "chat_template"}],
-        "lr_scheduler": "constant_with_warmup",
-        "cosine_min_lr_ratio": None,
-    }
-    jaxlora.train(
-        config | first_lesson | {"base_model": str(random_start), "output_dir": str(copier)}
-    )
-    jaxlora.train(config | {"base_model": str(copier), "output_dir": str(trained)})
+    jaxlora.train(TRAINING, f"--base_model={start}", f"--output_dir={trained}")
 
 
 def export(trained: Path, target: Path) -> None:
-    """Copies the trained weights to the assets in bfloat16, checked name by name."""
+    """Copies the trained weights to the assets in bfloat16."""
     weights = load_file(trained / "model.safetensors")
-    shapes = {name: tensor.shape for name, tensor in weights.items()}
-    assert shapes == tensor_shapes(), "the trained model is not the one that was started"
     halves = {name: tensor.astype(jnp.bfloat16) for name, tensor in weights.items()}
     save_file(halves, target / "model.safetensors", metadata={"format": "pt"})
 
@@ -162,12 +111,11 @@ def main() -> None:
     write_folder(ASSETS / "tiny-llama", texts)
     if options.no_weights:
         return
-    random_start, trained = BUILD / "random", BUILD / "trained"
-    shutil.rmtree(random_start, ignore_errors=True)
-    shutil.rmtree(trained, ignore_errors=True)
-    write_folder(random_start, texts)
-    write_random_weights(random_start)
-    train(random_start, trained)
+    start, trained = BUILD / "start", BUILD / "trained"
+    for folder in (start, trained):
+        shutil.rmtree(folder, ignore_errors=True)
+    write_folder(start, texts)
+    train(start, trained)
     export(trained, ASSETS / "tiny-llama")
 
 

@@ -1,10 +1,9 @@
 """Text of the tiny world: what the base model is trained on, and the quickstart's task.
 
 The base reads stories and chats (questions about a told fact, small talk, days, sums, echoes).
-It never reads JSON: writing a fact down as JSON is what the quickstart teaches.
+It never reads YAML: writing a fact down as YAML is what the quickstart teaches.
 """
 
-import json
 import random
 import string
 from collections.abc import Callable
@@ -22,12 +21,11 @@ from tiny_world import (
     quantity,
     tell,
     tell_aside,
-    upper_first,
 )
 
 Message = dict[str, str]
 
-INSTRUCTION = "Facts as JSON: "
+INSTRUCTION = "Facts as YAML: "
 # No quote and no backslash: an echo line must not look like JSON.
 ECHO_LETTERS = string.ascii_letters + string.digits + "!#$%&()*+,-./:;<=>?@[]^_{|}~ "
 # Ordinary text hardly holds these. The tied embedding that scores a token is frozen under LoRA, so
@@ -52,17 +50,17 @@ def ask(rng: random.Random, fact: Fact) -> tuple[str, str]:
     were = "was" if fact.count == 1 else "were"
     things = f"{fact.count} {fact.what}"
     questions = [
-        (f"Who {past} the {fact.noun}?", f"{fact.who}."),
-        (f"What {did}?", f"{fact.what}."),
-        (f"What was {participle} by {fact.who}?", f"{fact.what}."),
-        (f"How many {fact.noun} {did}?", f"{fact.count}."),
-        (f"Where {did} the {fact.noun}?", f"{upper_first(fact.place)}."),
-        (f"Which place was {fact.who} at?", f"The {fact.where}."),
-        (f"Where {were} the {fact.noun} {participle}?", f"{upper_first(fact.place)}."),
-        (f"On which day {did} the {fact.noun}?", f"{fact.day or 'I do not know'}."),
-        (f"When was {fact.who} {fact.place}?", f"{fact.day or 'I do not know'}."),
+        (f"Who {past} the {fact.noun}?", f"It was {fact.who}."),
+        (f"What {did}?", f"It was {fact.what}."),
+        (f"What was {participle} by {fact.who}?", f"It was {fact.what}."),
+        (f"How many {fact.noun} {did}?", f"It was {fact.count}."),
+        (f"Where {did} the {fact.noun}?", f"It was {fact.place}."),
+        (f"Which place was {fact.who} at?", f"It was the {fact.where}."),
+        (f"Where {were} the {fact.noun} {participle}?", f"It was {fact.place}."),
+        (f"On which day {did} the {fact.noun}?", f"It was {fact.day or 'no day'}."),
+        (f"When was {fact.who} {fact.place}?", f"It was {fact.day or 'no day'}."),
         (f"What happened to the {fact.noun}?", f"{fact.who} {past} {things}."),
-        (f"What is the note about {fact.who}?", f'"{fact.what}", "{fact.where}"'),
+        (f"What is the note about {fact.who}?", f"It says {fact.what}, {fact.where}."),
     ]
     return rng.choice(questions)
 
@@ -100,6 +98,23 @@ def _chat_about_facts(rng: random.Random) -> list[Message]:
     return _turns(*texts[:-1])
 
 
+def listed(rng: random.Random, fact: Fact) -> tuple[str, str]:
+    """Some fields of a fact by name, in any order, and their values: reading, without YAML."""
+    values = fields(fact)
+    names = rng.sample(list(values), rng.choice((2, 3, 4, 5, 5)))
+    return f"List {', '.join(names)}", " ".join(f"- {values[name]}" for name in names)
+
+
+def _chat_about_lists(rng: random.Random) -> list[Message]:
+    """A told fact, and some of its fields as a list."""
+    fact = draw_fact(rng)
+    text = tell(rng, fact)
+    if rng.random() < 0.25:
+        text = f"{text} {tell_aside(rng, (fact,))}"
+    question, answer = listed(rng, fact)
+    return _turns(f"{question}: {text}", answer)
+
+
 def _chat_about_days(rng: random.Random) -> list[Message]:
     """The order of the days of the week."""
     today, step = rng.randrange(7), rng.choice((1, -1))
@@ -126,7 +141,7 @@ def _random_words(rng: random.Random) -> list[str]:
 def echo_words(rng: random.Random) -> list[Message]:
     """The assistant repeats a list of words; the base's first lesson (see `base_rows`)."""
     text = " ".join(_random_words(rng))
-    return _turns(f"Say {text}", text)
+    return _turns(f"Say {text}", f"You said {text}")
 
 
 def _chat_echo(rng: random.Random) -> list[Message]:
@@ -169,12 +184,24 @@ def chat(rng: random.Random) -> list[Message]:
     """One chat of the base's training text, as messages."""
     makers: tuple[Callable[[random.Random], list[Message]], ...] = (
         _chat_about_facts,
+        _chat_about_lists,
         _chat_about_days,
         _chat_about_sums,
         _chat_echo,
         _chat_small_talk,
     )
-    return rng.choices(makers, weights=(55, 2, 3, 32, 8))[0](rng)
+    return rng.choices(makers, weights=(22, 55, 2, 3, 10, 8))[0](rng)
+
+
+def held_out_lists(seed: int, count: int) -> list[dict]:
+    """Lists of facts from the held-out side: has the base learned to read, not to remember?"""
+    rng = random.Random(f"held out {seed}")
+    rows = []
+    for _ in range(count):
+        fact = draw_fact(rng, held_out=True)
+        question, answer = listed(rng, fact)
+        rows.append({"messages": _turns(f"{question}: {tell(rng, fact)}", answer)})
+    return rows
 
 
 def base_rows(seed: int, stories: int, chats: int) -> tuple[list[dict], list[dict]]:
@@ -184,29 +211,28 @@ def base_rows(seed: int, stories: int, chats: int) -> tuple[list[dict], list[dic
     return texts, [{"messages": chat(rng)} for _ in range(chats)]
 
 
-def echo_rows(seed: int, count: int) -> list[dict]:
-    """The rows of the first lesson: echoes only.
-
-    Copying is the skill that every question needs, and an echo is nothing but copying.
-    """
-    rng = random.Random(f"echo {seed}")
-    return [{"messages": echo_words(rng)} for _ in range(count)]
-
-
-def fact_as_json(fact: Fact) -> str:
-    """What the quickstart teaches: the fact as one line of JSON, numbers as digits.
-
-    >>> fact_as_json(Fact("Maria", "buy", 3, "red", "apple", "market", None))
-    '{"who": "Maria", "what": "red apples", "count": 3, "where": "market", "day": null}'
-    """
-    fields = {
+def fields(fact: Fact) -> dict[str, str]:
+    """The five fields of a fact, numbers as digits."""
+    return {
         "who": fact.who,
         "what": fact.what,
-        "count": fact.count,
+        "count": str(fact.count),
         "where": fact.where,
-        "day": fact.day,
+        "day": fact.day or "none",
     }
-    return json.dumps(fields)
+
+
+def fact_as_yaml(fact: Fact) -> str:
+    """What the quickstart teaches: the fact as a YAML mapping.
+
+    >>> print(fact_as_yaml(Fact("Maria", "buy", 3, "red", "apple", "market", None)))
+    who: Maria
+    what: red apples
+    count: 3
+    where: market
+    day: none
+    """
+    return "\n".join(f"{name}: {value}" for name, value in fields(fact).items())
 
 
 def quickstart_rows(seed: int, count: int, *, held_out: bool) -> list[dict]:
@@ -219,5 +245,5 @@ def quickstart_rows(seed: int, count: int, *, held_out: bool) -> list[dict]:
         if rng.random() < 0.25:
             aside = tell_aside(rng, (fact,))
             text = f"{text} {aside}" if rng.random() < 0.5 else f"{aside} {text}"
-        rows[text] = {"messages": _turns(INSTRUCTION + text, fact_as_json(fact))}
+        rows[text] = {"messages": _turns(INSTRUCTION + text, fact_as_yaml(fact))}
     return list(rows.values())

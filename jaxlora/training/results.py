@@ -4,8 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from jaxlora import __version__
 from jaxlora.config.load import dump_config
+from jaxlora.core.version import __version__
 from jaxlora.training.metrics import METRICS_FILE, read_lines
 from jaxlora.training.plot import LOSS_PLOT, plot_losses
 from jaxlora.training.setup import Plan
