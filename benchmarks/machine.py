@@ -1,0 +1,85 @@
+"""The machine a benchmark ran on, and whether it was quiet enough to measure anything."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora.core.errors import UserError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "peft", "bitsandbytes")
+
+
+def check_quiet(allow_busy: bool) -> None:
+    """Checks that no other program competes for the cores.
+
+    Raises:
+      UserError: a load average above the number of cores, without `allow_busy`.
+    """
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > cores and not allow_busy:
+        raise UserError(
+            f"load average {load:.1f} on {cores} cores: times measured now would be those of the "
+            "other programs; wait, or pass --allow-busy (the result records the load)."
+        )
+
+
+def load_now() -> dict[str, float | list[float]]:
+    """Returns the load averages (1, 5, 15 minutes) and the idle share of the last second."""
+    before, started = _idle_s(), time.monotonic()
+    time.sleep(1.0)
+    share = (_idle_s() - before) / (time.monotonic() - started) / (os.cpu_count() or 1)
+    return {
+        "load_average": [round(value, 2) for value in os.getloadavg()],
+        "idle_share": round(min(share, 1.0), 3),
+    }
+
+
+def _idle_s() -> float:
+    ticks = int(Path("/proc/stat").read_text().splitlines()[0].split()[4])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def describe() -> dict[str, object]:
+    """Returns hardware, versions and commit."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "hardware": f"{_cpu()}, {os.cpu_count()} cores, {memory:.0f} GiB",
+        "versions": {"python": platform.python_version()} | versions,
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        # The benchmarks' own files do not count: a result is written before it is committed.
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", "jaxlora")),
+        "malloc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
+    }
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _git(*command: str) -> str:
+    folder = Path(__file__).parent.parent
+    done = subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def measured_peak_flops() -> float:
+    """Returns the FLOP/s of the best of ten float32 products of 2048 x 2048 matrices."""
+    size = 2048
+    matrix = jax.random.normal(jax.random.key(0), (size, size))
+    product = jax.jit(jnp.matmul)
+    product(matrix, matrix).block_until_ready()
+    best_s = float("inf")
+    for _ in range(10):
+        started = time.monotonic()
+        product(matrix, matrix).block_until_ready()
+        best_s = min(best_s, time.monotonic() - started)
+    return 2 * size**3 / best_s
