@@ -102,6 +102,10 @@ RULES = {
         "rank_pattern": {".*_proj": 3, "v_proj": 5},
         "alpha_pattern": {"v_proj": 7, ".*": 9},
     },
+    "one-letter pattern": {
+        "target_modules": ["q_proj", "up_proj"],
+        "rank_pattern": {"[a-z]_proj": 3},
+    },
     "pattern is anchored at a dot": {
         "target_modules": ["q_proj", "up_proj"],
         "rank_pattern": {"p_proj": 3, "q_proj": 2, "up_proj": 4},
