@@ -5,7 +5,8 @@
 PATH holds the model `tinystories-656k`, `e2e/e2e-dataset.zip` and
 `instructions/alpaca_en_demo.json`. For each data set: held-out loss before and after each method,
 the agreement of the loss curves with PEFT's, and tokens/s of both, taken in turns in one process.
-Speed is reported only if the losses agree. About ten minutes on two quiet cores. Writes `benchmarks/results/<date>-real-data.json` and
+Speed is reported only if the losses agree. About ten minutes on two quiet cores. Writes
+`benchmarks/results/<date>-real-data.json` and
 the tables of `benchmarks/README.md`.
 """
 
