@@ -121,15 +121,21 @@ def init_optimizer(
     optimizer: optax.GradientTransformation, trainable: Tree, placement: Placement
 ) -> Any:
     """Returns a fresh optimizer state; moments live where their parameters live."""
-    shardings = jax.tree.map(lambda x: x.sharding, trainable)
-    state = jax.jit(optimizer.init)(trainable)
-    return optax.tree_utils.tree_map_params(
-        optimizer,
-        jax.device_put,
-        state,
-        shardings,
-        transform_non_params=lambda x: jax.device_put(x, placement.sharding((), ())),
-    )
+    leaves = dict(jax.tree_util.tree_leaves_with_path(trainable))
+    whole = placement.sharding((), ())
+
+    # By path and shape: a factored moment has its parameter's path and another shape, and
+    # optimizers that mask leaves (Muon) leave holes in the tree.
+    def sharding(path, moment):
+        for start in range(len(path)):
+            leaf = leaves.get(path[start:])
+            if leaf is not None and leaf.shape == moment.shape:
+                return leaf.sharding
+        return whole
+
+    shapes = jax.eval_shape(optimizer.init, trainable)
+    shardings = jax.tree_util.tree_map_with_path(sharding, shapes)
+    return jax.jit(optimizer.init, out_shardings=shardings)(trainable)
 
 
 def saved(state: TrainState) -> Tree:
