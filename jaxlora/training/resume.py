@@ -59,14 +59,13 @@ def identity(plan: Plan) -> dict[str, Any]:
     storage = derived.quantization(config)
     return {
         "base_model": plan.model.fingerprint,
-        "data": plan.data.fingerprint,
         "seed": config.seed,
         "sequence_len": config.sequence_len,
         "sample_packing": config.sample_packing,
         "rows_per_step": batches.rows * batches.accumulation,
         "gradient_accumulation": batches.accumulation,
         "total_steps": plan.total_steps,
-        "optimizer": config.optimizer,
+        "optimizer": derived.optimizer(config),
         "learning_rate": config.learning_rate,
         "lr_scheduler": config.lr_scheduler,
         "cosine_min_lr_ratio": config.cosine_min_lr_ratio,
@@ -79,6 +78,8 @@ def identity(plan: Plan) -> dict[str, Any]:
         "quantization": storage and [storage.format, storage.double_quant],
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
+        # Last: it follows from several of the keys above, which say better what has changed.
+        "data": plan.data.fingerprint,
         "scales": {path: list(target.scales) for path, target in plan.model.targets.items()},
     }
 
