@@ -89,13 +89,16 @@ class Placement:
         )
         gathered = None
         if self.mesh.size > 1:
+            # nf4 is unpacked as one flat row of blocks, so its inner axis cannot stay split over
+            # `tensor`: it is gathered in bytes, or XLA gathers the unpacked float32 numbers.
+            kept = (stored[0], None) if leaf.format == "nf4" else stored
             gathered = tuple(
-                self._gathered(stored, part.shape[len(lead) :])
+                self._gathered(kept, part.shape[len(lead) :])
                 for part in (values, _block_scales(scales))
             )
         return QuantizedArray(values, scales, leaf.format, leaf.dtype, gathered)
 
-    def _gathered(self, stored: Sequence[str], shape: Sequence[int]) -> NamedSharding | None:
+    def _gathered(self, stored: Sequence[str | None], shape: Sequence[int]) -> NamedSharding | None:
         """Split over `tensor` only: what a layer's matrix looks like once `fsdp` is gathered."""
         if len(shape) != len(stored):
             return None
