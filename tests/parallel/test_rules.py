@@ -1,0 +1,80 @@
+"""Dimensions are split by the table where they divide, and kept whole where they do not."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from jaxlora.core import axes
+from jaxlora.ops.quantize import quantize
+from jaxlora.parallel.mesh import make_mesh
+from jaxlora.parallel.rules import RULES, Placement, partition, undivided
+
+
+def mesh(data=1, fsdp=1, tensor=1):
+    """Stands in for a mesh of more devices than are here: the rules read its shape alone."""
+    return types.SimpleNamespace(shape={"data": data, "fsdp": fsdp, "tensor": tensor})
+
+
+EIGHT = mesh(data=2, fsdp=2, tensor=2)
+
+
+@pytest.mark.parametrize(
+    ("logical", "shape", "wanted"),
+    [
+        ((axes.EMBED, axes.MLP), (8, 12), (("fsdp",), ("tensor",))),
+        ((axes.EMBED, axes.HEADS), (7, 12), (None, ("tensor",))),
+        ((axes.EMBED, axes.KV_HEADS), (8, 3), (("fsdp",), None)),
+        ((axes.VOCAB, axes.EMBED), (8, 8), (("tensor",), ("fsdp",))),
+        ((None, axes.EMBED, axes.MLP), (3, 8, 8), (None, ("fsdp",), ("tensor",))),
+        ((None, axes.BATCH, None), (1, 8, 16), (None, ("data", "fsdp"), None)),
+        ((None, axes.BATCH, None), (1, 6, 16), (None, None, None)),
+    ],
+)
+def test_a_dimension_is_split_if_it_divides(logical, shape, wanted):
+    assert partition(EIGHT, logical, shape) == PartitionSpec(*wanted)
+
+
+def test_an_axis_of_one_device_splits_nothing():
+    spec = partition(mesh(data=8), (axes.EMBED, axes.MLP), (8, 8))
+    assert spec == PartitionSpec(None, None)
+
+
+def test_a_mesh_axis_can_be_left_out():
+    spec = partition(EIGHT, (axes.EMBED, axes.MLP), (8, 8), without="fsdp")
+    assert spec == PartitionSpec(None, ("tensor",))
+
+
+def test_no_two_dimensions_of_a_weight_share_a_mesh_axis():
+    weights = [RULES[axes.EMBED]]
+    others = [RULES[name] for name in (axes.HEADS, axes.KV_HEADS, axes.MLP, axes.VOCAB)]
+    assert all(not set(embed) & set(other) for embed in weights for other in others)
+
+
+def test_what_is_kept_whole_is_named():
+    notes = undivided(EIGHT, (axes.EMBED, axes.KV_HEADS), (8, 3))
+    assert len(notes) == 1
+    assert "of 3 does not divide by 2 devices: kept whole" in notes[0]
+    assert undivided(EIGHT, (axes.EMBED, axes.MLP), (8, 8)) == []
+
+
+@pytest.mark.parametrize("storage", ["int4", "nf4", "int8"])
+def test_a_placed_leaf_has_the_bits_it_had(storage):
+    placement = Placement(make_mesh(None, jax.devices()[:1]))
+    weight = np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)
+    leaf = quantize(weight, storage)
+    placed = placement.weight(leaf, (axes.EMBED, axes.MLP), stacked=False)
+    assert jax.tree.structure(placed) == jax.tree.structure(leaf)
+    for was, now in zip(jax.tree.leaves(leaf), jax.tree.leaves(placed), strict=True):
+        assert was.dtype == now.dtype
+        assert np.asarray(was).tobytes() == np.asarray(now).tobytes()
+
+
+def test_a_batch_keeps_its_values_and_dtypes():
+    placement = Placement(make_mesh(None, jax.devices()[:1]))
+    batch = {"tokens": np.arange(24, dtype=np.int32).reshape(2, 3, 4)}
+    placed = placement.batch(batch)["tokens"]
+    assert placed.dtype == np.int32
+    np.testing.assert_array_equal(placed, batch["tokens"])
