@@ -39,6 +39,8 @@ __all__ = ["UserError", "__version__", *_API]
 
 def __getattr__(name: str) -> Any:
     # Imported at first use: `jaxlora --help` and `jaxlora.lora` need none of the programs.
+    if name == "lora":
+        return importlib.import_module("jaxlora.lora")
     if name in _API:
         return getattr(importlib.import_module("jaxlora.api"), name)
     raise AttributeError(f"module 'jaxlora' has no attribute {name!r}")

@@ -35,6 +35,7 @@ __all__ = [
     "Score",
     "TrainResult",
     "Verdict",
+    "assets",
     "evaluate",
     "export",
     "generate",
@@ -97,7 +98,7 @@ def generate(
       options: fields of `SamplingOptions`, e.g. ``temperature=0.7, max_new_tokens=64``.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    loaded = load(os.fspath(model), adapter)
+    loaded = load(os.fspath(model), adapter and os.fspath(adapter))
     return loaded.generate(texts, SamplingOptions(**options), raw=raw)
 
 
@@ -124,9 +125,9 @@ def assets() -> Path:
 
 
 def _config(source: Source, overrides: Sequence[str]) -> Config:
-    if isinstance(source, Config):
-        if not overrides:
-            return source
-        source = source.model_dump(mode="json", exclude_unset=True)
-        source |= source.pop("foreign", {})
-    return load_config(source, overrides)
+    if not isinstance(source, Config):
+        return load_config(source, overrides)
+    if not overrides:
+        return source
+    written = source.model_dump(mode="json", exclude_unset=True)
+    return load_config({**written, **written.pop("foreign", {})}, overrides)

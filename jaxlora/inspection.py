@@ -15,7 +15,7 @@ from jaxlora.models.config import DecoderConfig
 from jaxlora.models.parameters import ParamSpec, describe
 
 Rows = list[tuple[str, str]]
-_BITS = {"bfloat16": 16.0, "int8": 8.0, "int4": 4.25, "nf4": 4.127}  # int4, nf4: with block scales
+_BITS = {"bfloat16": 16.0, "int8": 8.0, "int4": 4.5, "nf4": 4.127}  # int4, nf4: with block scales
 
 
 def inspect(path: str | Path) -> Rows:
@@ -57,7 +57,7 @@ def _model(folder: Path) -> Rows:
     linear = sum(spec.size for spec in specs.values() if spec.kind == "linear")
     names = sorted({name.rpartition(".")[2] for name in _linear_modules(specs)})
     sizes = ", ".join(
-        f"{form} {(linear * bits + (total - linear) * 16) / 8 / 2**30:.2f} GiB"
+        f"{form} {_bytes((linear * bits + (total - linear) * 16) / 8)}"
         for form, bits in _BITS.items()
     )
     return [
@@ -72,6 +72,10 @@ def _model(folder: Path) -> Rows:
         ("trained by LoRA r=16 on all", f"{_lora_size(specs, 16):,}"),
         ("base in memory as", sizes),
     ]
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def _shape(cfg: DecoderConfig) -> str:
@@ -101,7 +105,7 @@ def _tensors(files: TensorFiles) -> str:
     counted = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
     shards = {info.file for info in files.info.values()}
     size = sum(shard.stat().st_size for shard in shards)
-    return f"{counted} in {len(shards)} file(s), {size / 2**20:,.1f} MiB"
+    return f"{counted} in {len(shards)} file(s), {_bytes(size)}"
 
 
 def _adapter(folder: Path) -> Rows:

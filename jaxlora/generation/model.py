@@ -35,6 +35,7 @@ class LanguageModel:
     params: Tree
     tokenizer: Any
     template: ChatTemplate | None
+    eos_ids: tuple[int, ...] = ()
 
     def generate(
         self, prompts: Sequence[str], options: SamplingOptions | None = None, *, raw: bool = False
@@ -54,7 +55,7 @@ class LanguageModel:
             else encoder.prefix + encoder.ids([text])[0]
             for text in prompts
         ]
-        ends = end_ids(self.tokenizer, template)
+        ends = end_ids(self.tokenizer, template, self.eos_ids)
         answers = generate(
             self.decoder,
             self.params,
@@ -72,7 +73,15 @@ class LanguageModel:
         self, options: SamplingOptions, read: Read, write: Write, *, system: str | None = None
     ) -> None:
         """Talks until the input ends; see `jaxlora.generation.chat`."""
-        session = Session(self.decoder, self.params, self.tokenizer, options, self.template, system)
+        session = Session(
+            self.decoder,
+            self.params,
+            self.tokenizer,
+            options,
+            self.template,
+            system,
+            self.eos_ids,
+        )
         chat(session, read, write)
 
 
@@ -123,9 +132,18 @@ def load(
     made = None
     if adapter_folder is not None:  # read first: it is small, and refuses a wrong base early
         made = load_adapter(adapter_folder, describe(cfg), fingerprint=base_fingerprint(base))
-    tokenizer = load_tokenizer(base)
+    # A run saves the tokenizer beside its adapter, with the chat template it trained with.
+    own = adapter_folder is not None and (adapter_folder / "tokenizer.json").is_file()
+    tokenizer = load_tokenizer(adapter_folder if own else base)
     params = load_params(base, cfg, dtype=dtype, quantization=quantization)
     if made is not None:
         params = lora.apply(params, made[0], made[1])
     template = template_of(tokenizer) if tokenizer.chat_template else None
-    return LanguageModel(Decoder(cfg, dtype=dtype), params, tokenizer, template)
+    return LanguageModel(Decoder(cfg, dtype=dtype), params, tokenizer, template, _eos_ids(base))
+
+
+def _eos_ids(folder: Path) -> tuple[int, ...]:
+    """End tokens of generation_config.json: instruct models list more than their tokenizer's."""
+    path = folder / "generation_config.json"
+    ids = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from jaxlora.core import axes
 from jaxlora.models.config import DecoderConfig
 from jaxlora.models.layers import Block, Linear, RMSNorm
-from jaxlora.models.parameters import ParamSpec
+from jaxlora.models.parameters import ParamSpec, declare
 from jaxlora.ops.attention import attention_mask
 from jaxlora.ops.matmul import embed, unembed
 from jaxlora.ops.rope import rope_angles, rope_frequencies
@@ -83,7 +83,7 @@ class Decoder(nnx.Module):
             "model.embed_tokens.weight",
             kind="embedding",
         )
-        self.embed = nnx.Dict(embedding=nnx.Param(table))
+        self.embed = nnx.Dict(embedding=declare(table))
         self.layers = Block("model.layers.{layer}", cfg)
         self.norm = RMSNorm(cfg.embed_dim, "model.norm", cfg)
         head_axes = (axes.EMBED, axes.VOCAB)
@@ -131,6 +131,7 @@ class Decoder(nnx.Module):
         layer_caches = None if cache is None else (cache.keys, cache.values)
         x, layer_caches = jax.lax.scan(layer, x, (stacked, layer_caches))
         if cache is not None:
+            assert layer_caches is not None
             keys, values = layer_caches
             index = cache.index + tokens.shape[1]
             cache = dataclasses.replace(cache, keys=keys, values=values, index=index)

@@ -106,7 +106,9 @@ def read_config(hf: Mapping[str, Any]) -> DecoderConfig:
     _refuse_unknown(hf, family)
     # null stands for the default, but a null window is no window (Mistral 0.2 and later).
     given = {k: value for k, value in hf.items() if value is not None or k == "sliding_window"}
-    field = {name: given.get(name, default) for name, default in family.defaults.items()}
+    field: dict[str, Any] = {
+        name: given.get(name, default) for name, default in family.defaults.items()
+    }
     rope = _rope_fields(field)
     heads = field["num_attention_heads"]
     return DecoderConfig(
@@ -176,8 +178,12 @@ def _rope_scaling(rope: Mapping[str, Any], max_context: int) -> RopeScaling | No
     for name in _ROPE_NUMBERS[kind]:
         if name not in rope:
             raise UserError(f"config.json: rope scaling {kind!r} has no {name}; add it.")
-    numbers = [float(rope[name]) for name in _ROPE_NUMBERS[kind]]
     if kind == "linear":
-        return RopeScaling("linear", *numbers)
-    original_context = int(rope.get("original_max_position_embeddings", max_context))
-    return RopeScaling("llama3", *numbers, original_context)
+        return RopeScaling("linear", float(rope["factor"]))
+    return RopeScaling(
+        "llama3",
+        float(rope["factor"]),
+        float(rope["low_freq_factor"]),
+        float(rope["high_freq_factor"]),
+        int(rope.get("original_max_position_embeddings", max_context)),
+    )

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlora.core import axes
 from jaxlora.models.config import DecoderConfig
-from jaxlora.models.parameters import ParamSpec
+from jaxlora.models.parameters import ParamSpec, declare
 from jaxlora.ops.attention import attention
 from jaxlora.ops.matmul import matmul
 from jaxlora.ops.rope import rotate
@@ -33,11 +33,11 @@ class Linear(nnx.Module):
         bias: bool = False,
         kind: str = "linear",
     ):
-        self.kernel = nnx.Param(
+        self.kernel = declare(
             ParamSpec(shape, logical_axes, cfg.init_std, f"{name}.weight", True, kind)
         )
         spec = ParamSpec(shape[1:], logical_axes[1:], "zeros", f"{name}.bias", kind="bias")
-        self.bias = nnx.Param(spec) if bias else None
+        self.bias = declare(spec) if bias else None
 
     def __call__(self, x: Float[Array, "*B I"], out_dtype=None) -> Float[Array, "*B O"]:
         y = matmul(x, self.kernel.get_value(), out_dtype=out_dtype)
@@ -49,7 +49,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, dim: int, name: str, cfg: DecoderConfig):
         self.eps = cfg.norm_eps
-        self.scale = nnx.Param(
+        self.scale = declare(
             ParamSpec((dim,), (axes.EMBED,), "ones", f"{name}.weight", kind="norm")
         )
 
@@ -89,6 +89,7 @@ class Attention(nnx.Module):
         k = checkpoint_name(rotate(heads(self.k_proj(x)), angles), "key")
         v = checkpoint_name(heads(self.v_proj(x)), "value")
         if cache is not None:
+            assert index is not None, "a cache comes with the place to write at"
             k, v = (
                 jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), index, axis=1)
                 for old, new in zip(cache, (k, v), strict=True)
@@ -103,11 +104,11 @@ class GatedMlp(nnx.Module):
     """``down(silu(gate(x)) * up(x))`` (SwiGLU, Shazeer 2020)."""
 
     def __init__(self, name: str, cfg: DecoderConfig):
-        widen, bias = (cfg.embed_dim, cfg.mlp_dim), cfg.mlp_bias
-        to_mlp = (axes.EMBED, axes.MLP)
+        widen, narrow = (cfg.embed_dim, cfg.mlp_dim), (cfg.mlp_dim, cfg.embed_dim)
+        to_mlp, from_mlp, bias = (axes.EMBED, axes.MLP), (axes.MLP, axes.EMBED), cfg.mlp_bias
         self.gate_proj = Linear(widen, to_mlp, f"{name}.gate_proj", cfg, bias=bias)
         self.up_proj = Linear(widen, to_mlp, f"{name}.up_proj", cfg, bias=bias)
-        self.down_proj = Linear(widen[::-1], to_mlp[::-1], f"{name}.down_proj", cfg, bias=bias)
+        self.down_proj = Linear(narrow, from_mlp, f"{name}.down_proj", cfg, bias=bias)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate = checkpoint_name(self.gate_proj(x), "gate")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,11 @@ class ParamSpec:
         return [name.rpartition(".")[0] for name in self.hf_names()]
 
 
+def declare(spec: ParamSpec) -> nnx.Param[Any]:
+    """Returns a module's parameter before it has a value: its description stands in its place."""
+    return nnx.Param(spec)
+
+
 def describe(cfg: DecoderConfig) -> dict[str, ParamSpec]:
     """Returns ``{path: ParamSpec}`` for every parameter of the decoder, layers stacked."""
     from jaxlora.models.decoder import Decoder  # its modules are made of ParamSpecs
@@ -85,6 +91,7 @@ def init_params(cfg: DecoderConfig, key: jax.Array, dtype: DTypeLike) -> Tree:
             return jnp.ones(spec.full_shape, dtype)
         if spec.init == "zeros":
             return jnp.zeros(spec.full_shape, dtype)
+        assert not isinstance(spec.init, str), spec.init
         return (spec.init * jax.random.normal(keys[path], spec.full_shape)).astype(dtype)
 
     return unflatten({path: fresh(path, spec) for path, spec in specs.items()})

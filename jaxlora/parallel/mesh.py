@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -11,9 +12,7 @@ from jaxlora.core.errors import UserError
 MESH_AXES = ("data", "fsdp", "tensor")
 
 
-def make_mesh(
-    sizes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a mesh over all devices.
 
     Args:

@@ -13,6 +13,7 @@ from jaxlora.config.load import load_config
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree, unflatten
+from jaxlora.data.tokenizer import template_text
 from jaxlora.training.resume import CHECKPOINTS
 from jaxlora.training.setup import Model, open_model
 from jaxlora.training.state import make_tx
@@ -43,6 +44,9 @@ def export_weights(config: Config, model: Model, trainable: Tree, folder: Path) 
         revision=config.revision_of_model,
         fingerprint=model.fingerprint or None,
     )
+    choice = config.chat_template_jinja or config.chat_template
+    if choice is not None:  # who loads the adapter should ask as it was taught
+        model.tokenizer.chat_template = template_text(model.tokenizer, choice)
     model.tokenizer.save_pretrained(str(folder))
 
 

@@ -28,7 +28,7 @@ class Display:
     """
 
     def __init__(self, total: int, *, first: int = 0, quiet: bool = False):
-        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True, force_jupyter=False)
         self._total, self._step = total, first
         self._started: float | None = None
         self._timed_steps = self._timed_tokens = 0

@@ -33,11 +33,15 @@ class TrainResult:
     exact_match_before: float | None
     tokens_per_s: float
 
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, such as ``{"step": 10, "loss": 1.2, ...}``."""
+        return read_lines(self.output_dir / METRICS_FILE)
+
 
 def write_report(plan: Plan, result: TrainResult) -> None:
     """Writes the loss curve and the model card."""
-    records = read_lines(result.output_dir / METRICS_FILE)
-    plot_losses(records, result.output_dir / LOSS_PLOT, f"{plan.config.base_model}")
+    plot_losses(result.history, result.output_dir / LOSS_PLOT, f"{plan.config.base_model}")
     (result.output_dir / "README.md").write_text(_card(plan, result))
 
 
