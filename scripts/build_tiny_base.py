@@ -31,12 +31,12 @@ TRAIN_ROWS, TEST_ROWS = 2500, 150
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "vocab_size": 2048,
+    "vocab_size": 1024,
     "hidden_size": 128,
     "intermediate_size": 384,
     "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
     "head_dim": 32,
     "hidden_act": "silu",
     "max_position_embeddings": 512,
@@ -46,7 +46,7 @@ MODEL = {
     "attention_bias": False,
     "mlp_bias": False,
     "attention_dropout": 0.0,
-    "initializer_range": 0.02,
+    "initializer_range": 0.06,
     "tie_word_embeddings": True,
 }
 

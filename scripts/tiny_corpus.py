@@ -99,10 +99,12 @@ def _chat_about_facts(rng: random.Random) -> list[Message]:
 
 
 def listed(rng: random.Random, fact: Fact) -> tuple[str, str]:
-    """Some fields of a fact by name, in any order, and their values: reading, without YAML."""
+    """Some fields of a fact by name, in any order, and their values on one line."""
     values = fields(fact)
     names = rng.sample(list(values), rng.choice((2, 3, 4, 5, 5)))
-    return f"List {', '.join(names)}", " ".join(f"- {values[name]}" for name in names)
+    between = rng.choice((" is", " =", ":"))
+    answer = "; ".join(f"{name}{between} {values[name]}" for name in names)
+    return f"List {', '.join(names)} with{between}", answer
 
 
 def _chat_about_lists(rng: random.Random) -> list[Message]:

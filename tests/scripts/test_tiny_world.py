@@ -1,14 +1,13 @@
-"""The tiny world: rebuilt from its seed, split without a leak, no JSON in the base."""
+"""The tiny world: rebuilt from its seed, split without a leak, no YAML in the base."""
 
 import json
 import random
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
+import yaml
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))  # the scripts are programs, not a package
@@ -43,7 +42,7 @@ def pairs_in(text: str) -> set[tuple[str, str]]:
 
 def row_pair(row: dict) -> tuple[str, str]:
     """The (person, thing) of a quickstart row, read from its answer."""
-    fact = json.loads(row["messages"][1]["content"])
+    fact = yaml.safe_load(row["messages"][1]["content"])
     return fact["who"], spellings()[fact["what"].split()[-1]]
 
 
@@ -58,9 +57,10 @@ def test_same_seed_gives_the_same_text_and_another_seed_another():
 
 
 def test_an_echo_repeats_its_question_word_for_word():
-    for row in tiny_corpus.echo_rows(0, 50):
-        question, answer = (message["content"] for message in row["messages"])
-        assert question == f"Say {answer}"
+    rng = random.Random(0)
+    for _ in range(50):
+        question, answer = (message["content"] for message in tiny_corpus.echo_words(rng))
+        assert question.removeprefix("Say") == answer.removeprefix("You said")
 
 
 def test_bundled_rows_are_what_the_generator_writes():
@@ -91,56 +91,42 @@ def test_base_text_never_tells_a_held_out_fact(base_rows):
     assert not leaks
 
 
-def test_base_text_contains_no_json(base_rows):
+def test_base_text_contains_no_yaml(base_rows):
     stories, chats = base_rows
     texts = [row["text"] for row in stories]
     texts += [m["content"] for row in chats for m in row["messages"]]
-    assert not [text for text in texts if '{"' in text or '":' in text or "JSON" in text]
+    assert not [text for text in texts if "\n" in text or "YAML" in text]
 
 
-def test_base_writes_every_token_of_the_quickstart_answers(base_rows):
-    tokenizer = Tokenizer.from_file(str(BASE / "tokenizer.json"))
-
-    def count(texts: list[str]) -> Counter:
-        encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
-        return Counter(token for text in encoded for token in text.ids)
-
-    def said(rows: list[dict]) -> list[str]:
-        return [m["content"] for row in rows for m in row["messages"] if m["role"] == "assistant"]
-
-    stories, chats = base_rows
-    learned = count([row["text"] for row in stories] + said(chats))
-    needed = count(said(read_rows("train.jsonl")))
-    rare = {tokenizer.decode([token]): learned[token] for token in needed if learned[token] < 5}
-    assert not rare  # 5 in this sample are 80 in the base's text
-
-
-def test_every_answer_is_one_json_object_with_the_five_fields():
+def test_every_answer_is_a_yaml_mapping_of_the_five_fields():
     for row in read_rows("train.jsonl") + read_rows("test.jsonl"):
         user, assistant = row["messages"]
         assert (user["role"], assistant["role"]) == ("user", "assistant")
-        fact = json.loads(assistant["content"])
+        fact = yaml.safe_load(assistant["content"])
         assert list(fact) == ["who", "what", "count", "where", "day"]
-        assert json.dumps(fact) == assistant["content"]
+        assert isinstance(fact["count"], int)
 
 
 def test_every_field_of_an_answer_can_be_read_from_the_question():
     for row in read_rows("train.jsonl") + read_rows("test.jsonl"):
-        question, fact = row["messages"][0]["content"], json.loads(row["messages"][1]["content"])
+        question, fact = (
+            row["messages"][0]["content"],
+            yaml.safe_load(row["messages"][1]["content"]),
+        )
         assert fact["who"] in question
         assert fact["where"] in question.lower()
         assert fact["what"] in question.lower()
         days = [day for day in tiny_world.DAYS if day in question]
-        assert days == ([fact["day"]] if fact["day"] else [])
+        assert days == ([] if fact["day"] == "none" else [fact["day"]])
 
 
 def test_questions_are_answered_by_their_fact():
     rng = random.Random(0)
     fact = tiny_world.Fact("Maria", "buy", 3, "red", "apple", "market", "Monday")
     answers = {tiny_corpus.ask(rng, fact) for _ in range(200)}
-    assert ("Who bought the apples?", "Maria.") in answers
-    assert ("How many apples did Maria buy?", "3.") in answers
-    assert ("Where did Maria buy the apples?", "At the market.") in answers
+    assert ("Who bought the apples?", "It was Maria.") in answers
+    assert ("How many apples did Maria buy?", "It was 3.") in answers
+    assert ("Where did Maria buy the apples?", "It was at the market.") in answers
 
 
 def test_person_and_thing_never_meet_across_the_split():
