@@ -26,11 +26,8 @@ from tiny_world import (
 Message = dict[str, str]
 
 INSTRUCTION = "Facts as YAML: "
-# No quote and no backslash: an echo line must not look like JSON.
 ECHO_LETTERS = string.ascii_letters + string.digits + "!#$%&()*+,-./:;<=>?@[]^_{|}~ "
-# Ordinary text hardly holds these. The tied embedding that scores a token is frozen under LoRA, so
-# the base should have written every token that the quickstart writes.
-ECHO_LETTERS += "{}:[]" * 5
+ECHO_LETTERS += "{}:[]" * 5  # signs that ordinary text hardly holds
 THING_WORDS = [thing.partition("|")[0] for thing in THINGS]
 THING_WORDS += [f"{thing}s" if "|" not in thing else thing.replace("|", "") for thing in THINGS]
 QUESTION_WORDS = "who what where when which how many count day place note nothing null".split()
@@ -141,7 +138,7 @@ def _random_words(rng: random.Random) -> list[str]:
 
 
 def echo_words(rng: random.Random) -> list[Message]:
-    """The assistant repeats a list of words; the base's first lesson (see `base_rows`)."""
+    """The assistant repeats a list of words."""
     text = " ".join(_random_words(rng))
     return _turns(f"Say {text}", f"You said {text}")
 
