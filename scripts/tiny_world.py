@@ -14,8 +14,8 @@ PEOPLE = WOMEN + MEN
 
 # Plurals are formed by adding "s", or "es" where a bar marks it.
 THINGS = (
-    "apple basket bell book bottle box|es candle clock coin cookie drum feather flute hat kite lamp "
-    "lemon map mirror pear ring rope shell spoon"
+    "apple basket bell book bottle box|es candle clock coin cookie drum feather flute hat kite "
+    "lamp lemon map mirror pear ring rope shell spoon"
 ).split()
 ADJECTIVES = "big blue green heavy new old red round shiny small".split()
 
