@@ -26,10 +26,13 @@ class Peer:
       adapter: PEFT folder with the adapter to start from.
       nf4: stores the base with bitsandbytes, as nf4 with double quantization.
       trim: cuts off columns that are padding in every row, as transformers' collators do.
+      threads: torch's, set anew at every step.
     """
 
-    def __init__(self, plan: Plan, adapter: Path, *, nf4: bool = False, trim: bool = True):
-        config, self.trim = plan.config, trim
+    def __init__(
+        self, plan: Plan, adapter: Path, *, nf4: bool = False, trim: bool = True, threads: int = 1
+    ):
+        config, self.trim, self.threads = plan.config, trim, threads
         quantized = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -66,6 +69,7 @@ class Peer:
 
     def step(self, batch: Batch) -> float:
         """Takes one optimizer step; returns the mean loss in nats over the trained tokens."""
+        torch.set_num_threads(self.threads)
         loss = self.model(**self._inputs(batch)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, self.max_grad_norm)
@@ -77,6 +81,7 @@ class Peer:
     @torch.no_grad()
     def held_out_loss(self, batches: Batches) -> float:
         """Returns the mean loss in nats over every trained token, once each."""
+        torch.set_num_threads(self.threads)
         loss_sum = tokens = 0.0
         for number in range(batches.steps_per_epoch):
             batch = batches.batch(number)

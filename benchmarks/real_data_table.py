@@ -55,8 +55,8 @@ def _task(name: str, values: dict[str, Any]) -> str:
     speed = values["speed"]
     note = (
         f"{speed['rounds']} turns of {speed['steps_a_turn']} steps each, alternating; tokens are "
-        f"real ones, padding not counted; torch on {speed['torch_threads']} thread(s), the faster "
-        f"choice here. MFU: {speed['flops_per_token'] / 1e6:.2f} MFLOP a token "
+        "real ones, padding not counted. MFU: "
+        f"{speed['flops_per_token'] / 1e6:.2f} MFLOP a token "
         f"over {speed['measured_peak_gflops']:,} GFLOP/s, the best float32 product of this run.\n"
     )
     tables = (_losses(values["runs"]), _agreement(values["agreement"]), note, _speed(speed))
