@@ -117,6 +117,7 @@ def train(method, sizes):
     return {
         "losses": losses,
         "gathers": gathers(program.as_text()),
+        "compiled": step._cache_size(),
         "largest_share": largest.addressable_shards[0].data.size / largest.size,
         "matrices": sorted({SPECS[path].shape for path in LINEAR}),
     }

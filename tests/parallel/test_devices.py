@@ -44,6 +44,7 @@ def check(results, cases):
         difference = np.abs(np.subtract(results[case]["losses"], alone["losses"])).max()
         assert difference <= TOLERANCE, (case, difference)
         assert np.ptp(alone["losses"]) > 100 * TOLERANCE, "nothing was trained"
+        assert results[case]["compiled"] == 1, (case, "a later step compiled anew")
         assert results[case]["largest_share"] == SHARES[mesh], case
         if "fsdp" in mesh and method in ("int4", "nf4", "int8"):
             check_gathers(case, results[case])
