@@ -130,4 +130,5 @@ def _config(source: Source, overrides: Sequence[str]) -> Config:
     if not overrides:
         return source
     written = source.model_dump(mode="json", exclude_unset=True)
-    return load_config({**written, **written.pop("foreign", {})}, overrides)
+    foreign = written.pop("foreign", {})
+    return load_config({**written, **foreign}, overrides)
