@@ -1,6 +1,7 @@
 """A run that was stopped and continued is, bit for bit, the run that was not."""
 
 import os
+import shutil
 import signal
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from jaxlora.config.load import load_config
 from jaxlora.core.errors import UserError
 from jaxlora.training import loop
 
@@ -81,7 +83,7 @@ def test_a_continued_run_is_bit_identical(run, crash_at, metrics_of, final_state
     assert resumed.eval_loss == whole.eval_loss
 
 
-def test_a_finished_run_can_be_continued_and_stays_what_it_is(run, metrics_of):
+def test_a_finished_run_can_be_continued_and_stays_what_it_is(run):
     done = run(**RUN)
     metrics = (done.output_dir / "metrics.jsonl").read_bytes()
     weights = (done.output_dir / "adapter_model.safetensors").read_bytes()
@@ -96,26 +98,25 @@ def test_a_finished_run_can_be_continued_and_stays_what_it_is(run, metrics_of):
     )
 
 
-def test_an_older_checkpoint_can_be_named(run, metrics_of):
-    whole = run("whole", **RUN)
-    older = str(whole.output_dir / "checkpoints" / "checkpoint-4")
+def test_an_older_checkpoint_can_be_named(run, whole, metrics_of, tmp_path):
+    own = shutil.copytree(whole, tmp_path / "own")
+    older = str(own / "checkpoints" / "checkpoint-4")
     elsewhere = run("elsewhere", **RUN, resume_from_checkpoint=older)
-    assert_same_bits(weights_of(elsewhere.output_dir), weights_of(whole.output_dir))
-    before = metrics_of(whole.output_dir)
-    later = [r for r in metrics_of(elsewhere.output_dir) if "loss" in r]
-    assert later == [r for r in before if "loss" in r and r["step"] > 4]
-    run("whole", **RUN, resume_from_checkpoint=older)
-    assert metrics_of(whole.output_dir) == before
+    assert_same_bits(weights_of(elsewhere.output_dir), weights_of(whole))
+    before = metrics_of(whole)
+    later = [record for record in metrics_of(elsewhere.output_dir) if "loss" in record]
+    assert later == [record for record in before if "loss" in record and record["step"] > 4]
+    run("own", **RUN, resume_from_checkpoint=older)
+    assert metrics_of(own) == before
 
 
-def test_auto_resume_starts_anew_or_continues(run, crash_at, metrics_of):
-    whole = run("whole", **RUN)
+def test_auto_resume_starts_anew_or_continues(run, whole, crash_at, metrics_of):
     crash_at(5)
     with pytest.raises(RuntimeError, match="deliberate"):
         run("auto", **RUN, auto_resume_from_checkpoints=True)
     crash_at(None)
     resumed = run("auto", **RUN, auto_resume_from_checkpoints=True)
-    assert metrics_of(resumed.output_dir) == metrics_of(whole.output_dir)
+    assert metrics_of(resumed.output_dir) == metrics_of(whole)
 
 
 @pytest.mark.parametrize(
@@ -155,9 +156,8 @@ def test_nothing_to_resume_is_refused_and_makes_no_folder(run, tmp_path):
 
 
 @pytest.mark.parametrize("at", [3, 4, 0])
-def test_ctrl_c_saves_the_step_it_falls_into(run, monkeypatch, metrics_of, at):
-    """Step 4 is also a checkpoint, and before step 1 there is nothing but the start."""
-    whole = run("whole", **RUN)
+def test_ctrl_c_saves_the_step_it_falls_into(run, whole, monkeypatch, metrics_of, tmp_path, at):
+    """The fourth step ends in a checkpoint anyway; before the first there is none."""
     prepare = loop.np.count_nonzero
 
     def press(array):
@@ -172,11 +172,10 @@ def test_ctrl_c_saves_the_step_it_falls_into(run, monkeypatch, metrics_of, at):
         run("stopped", **RUN)
     monkeypatch.undo()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    folder = whole.output_dir.with_name("stopped") / "checkpoints"
-    assert (folder / f"checkpoint-{at + 1}").is_dir()
+    assert (tmp_path / "stopped" / "checkpoints" / f"checkpoint-{at + 1}").is_dir()
     resumed = run("stopped", **RUN, resume_from_checkpoint=True)
-    assert_same_bits(weights_of(resumed.output_dir), weights_of(whole.output_dir))
-    assert metrics_of(resumed.output_dir) == metrics_of(whole.output_dir)
+    assert_same_bits(weights_of(resumed.output_dir), weights_of(whole))
+    assert metrics_of(resumed.output_dir) == metrics_of(whole)
 
 
 def test_an_interrupt_in_the_middle_of_a_step_keeps_the_last_checkpoint(run, monkeypatch):
@@ -220,13 +219,20 @@ class Finished:
         return self._train(values)
 
 
+def train(values):
+    return loop.train(load_config(values), quiet=True)
+
+
+@pytest.fixture(scope="module")
+def whole(keys, tmp_path_factory):
+    """The folder of `RUN`, never interrupted; do not write into it."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train({**keys, **RUN, "output_dir": str(folder)})
+    return folder
+
+
 @pytest.fixture(scope="module")
 def finished(keys, tmp_path_factory, write_rows):
-    from jaxlora.config.load import load_config
-
-    def train(values):
-        return loop.train(load_config(values), quiet=True)
-
     folder = tmp_path_factory.mktemp("finished") / "run"
     values = {**keys, "output_dir": str(folder), "max_steps": 3, "warmup_steps": 1}
     train(values)

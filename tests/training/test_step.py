@@ -139,7 +139,7 @@ def largest_difference(left, right):
 
 
 @pytest.mark.parametrize(
-    ("method", "cuts"), [("lora", ((1, 8), (2, 4), (4, 2))), ("full", ((1, 8), (2, 4)))]
+    ("method", "cuts"), [("lora", ((1, 8), (2, 4), (4, 2))), ("full", ((1, 8), (4, 2)))]
 )
 def test_a_batch_can_be_cut_into_micro_batches_in_any_way(table, method, cuts):
     outcomes = {}
