@@ -16,12 +16,30 @@ from jaxlora.core.errors import UserError
 from jaxlora.core.version import __version__
 
 if TYPE_CHECKING:
-    from jaxlora.api import *  # noqa: F403
+    from jaxlora import lora
+    from jaxlora.api import (
+        Config,
+        QuantSpec,
+        SamplingOptions,
+        assets,
+        evaluate,
+        export,
+        generate,
+        inspect,
+        load,
+        load_config,
+        merge,
+        preprocess,
+        train,
+        verify,
+    )
 
-_API = (
+__all__ = [
     "Config",
-    "SamplingOptions",
     "QuantSpec",
+    "SamplingOptions",
+    "UserError",
+    "__version__",
     "assets",
     "evaluate",
     "export",
@@ -29,18 +47,18 @@ _API = (
     "inspect",
     "load",
     "load_config",
+    "lora",
     "merge",
     "preprocess",
     "train",
     "verify",
-)
-__all__ = ["UserError", "__version__", *_API]
+]
 
 
 def __getattr__(name: str) -> Any:
     # Imported at first use: `jaxlora --help` and `jaxlora.lora` need none of the programs.
     if name == "lora":
         return importlib.import_module("jaxlora.lora")
-    if name in _API:
+    if name in __all__:
         return getattr(importlib.import_module("jaxlora.api"), name)
     raise AttributeError(f"module 'jaxlora' has no attribute {name!r}")

@@ -98,7 +98,7 @@ def generate(
       options: fields of `SamplingOptions`, e.g. ``temperature=0.7, max_new_tokens=64``.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    loaded = load(os.fspath(model), adapter and os.fspath(adapter))
+    loaded = load(os.fspath(model), None if adapter is None else os.fspath(adapter))
     return loaded.generate(texts, SamplingOptions(**options), raw=raw)
 
 

@@ -1,0 +1,1 @@
+"""F3: files in and out: model folders, adapters, training states, output folders."""

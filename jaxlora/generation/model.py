@@ -138,8 +138,8 @@ def load(
     if adapter_folder is not None:  # read first: it is small, and refuses a wrong base early
         made = load_adapter(adapter_folder, describe(cfg), fingerprint=base_fingerprint(base))
     # A run saves the tokenizer beside its adapter, with the chat template it trained with.
-    own = adapter_folder is not None and (adapter_folder / "tokenizer.json").is_file()
-    tokenizer = load_tokenizer(adapter_folder if own else base)
+    beside = adapter_folder or base
+    tokenizer = load_tokenizer(beside if (beside / "tokenizer.json").is_file() else base)
     params = load_params(base, cfg, dtype=dtype, quantization=quantization)
     if made is not None:
         params = lora.apply(params, made[0], made[1])

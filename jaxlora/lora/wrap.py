@@ -17,6 +17,8 @@ def wrap(apply_fn: Callable[..., Any], targets: Mapping[str, Target]) -> Callabl
     The model's own layers see ordinary arrays, so linen modules, NNX modules and plain functions
     all work; the price is that each adapted weight is formed once per call, and again in the
     backward pass rather than kept. Frozen weights may be quantized. Gradients reach the adapter.
+    `LoraConfig.dropout` has no effect: it drops inputs of a layer, which a wrapped model keeps to
+    itself.
 
     Args:
       apply_fn: ``apply_fn(params, *args, **kwargs)``, params a nested dict.

@@ -189,7 +189,7 @@ class Run:
         self.last_loss = values["loss"]
         return values | {
             "epoch": step / self.plan.steps_per_epoch,
-            "learning_rate": float(self.schedule(step - 1)),
+            "learning_rate": float(jnp.asarray(self.schedule(step - 1))),
         }
 
     def _evaluate_loss(self, display: Display, sinks: Sequence[Sink]) -> float | None:
