@@ -41,7 +41,7 @@ class TrainResult:
 
 def write_report(plan: Plan, result: TrainResult) -> None:
     """Writes the loss curve and the model card."""
-    plot_losses(result.history, result.output_dir / LOSS_PLOT, f"{plan.config.base_model}")
+    plot_losses(result.history, result.output_dir / LOSS_PLOT, Path(plan.config.base_model).name)
     (result.output_dir / "README.md").write_text(_card(plan, result))
 
 
