@@ -12,6 +12,11 @@ from typing import Any
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- real_data: begin -->\n", "<!-- real_data: end -->\n"
 
+BUSY = (
+    ": **a busy machine.** Other programs ran on these cores, so the times are provisional; losses "
+    "and their agreement do not depend on it"
+)
+
 
 def write_readme(result: Path) -> None:
     """Replaces what stands between the two marks of the README."""
@@ -25,12 +30,13 @@ def write_readme(result: Path) -> None:
 def render(result: dict[str, Any], name: str) -> str:
     """Returns the section of one result."""
     versions = ", ".join(f"{key} {value}" for key, value in result["versions"].items())
+    busy = "--allow-busy" in result["command"]
     dirty = " with uncommitted changes" if result["uncommitted_changes"] else ""
     parts = [
         f"### {result['date']}\n\n"
         f"- hardware: {result['hardware']}\n"
         f"- load average before {_load(result['before'])}, after {_load(result['after'])}"
-        " (the benchmark itself keeps the cores busy)\n"
+        f"{BUSY if busy else ' (its own)'}\n"
         f"- versions: {versions}\n"
         f"- commit: {result['commit']}{dirty}\n"
         f"- command: `{result['command']}`\n"
