@@ -18,9 +18,36 @@ _EPILOG = """examples:
 Every MODEL is a folder or a Hugging Face hub id. An adapter folder knows its base model.
 Exit status: 0 done, 1 verification failed, 2 a mistake to mend (one line says which), 130 Ctrl-C.
 """
-_OVERRIDES = (
-    "Any key of the configuration can follow as --key=value, e.g. --datasets.0.path=x.jsonl."
-)
+_OVERRIDES = """Any key of docs/configuration.md can follow as --key=value:
+  jaxlora {name} my.yml --lora_r=32 --datasets.0.path=x.jsonl
+"""
+_EXAMPLES = {
+    "generate": """examples:
+  jaxlora generate outputs/quickstart "Facts as YAML: Omar hid two hats on the bridge."
+  jaxlora generate mistralai/Mistral-7B-v0.3 --raw --max_new_tokens 64 "Once upon a time"
+An adapter that a jaxlora run made is put on the base as that run stored it.
+""",
+    "chat": """examples:
+  jaxlora chat outputs/quickstart
+  jaxlora chat meta-llama/Llama-3.2-1B-Instruct --temperature 0.7 --system "Be brief."
+""",
+    "merge": """examples:
+  jaxlora merge outputs/quickstart --output merged
+The adapter is added to the base as it is on disk; --quantization int4 adds it to the base as QLoRA
+saw it, so that the merged model answers as the run's own.
+""",
+    "export": """examples:
+  jaxlora export outputs/quickstart/checkpoints/checkpoint-79 --output early-adapter
+""",
+    "verify": """examples:
+  jaxlora verify outputs/quickstart
+Exit status 0: every tensor loads and the logits agree; 1: they do not.
+""",
+    "inspect": """examples:
+  jaxlora inspect jaxlora/assets/tiny-llama
+  jaxlora inspect outputs/quickstart/checkpoints/checkpoint-316
+""",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
+    if options.command == "generate":  # argparse gives up on prompts that come after an option
+        options.prompts += [word for word in rest if not word.startswith("-")]
+        rest = [word for word in rest if word.startswith("-")]
     if rest and not options.takes_overrides:
         parser.error(f"unknown argument {rest[0]}; see jaxlora {options.command} --help")
     options.overrides = rest
@@ -54,8 +84,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run: Any, text: str, *, config: bool = False) -> argparse.ArgumentParser:
-        epilog = _OVERRIDES if config else None
-        command = commands.add_parser(name, help=text, description=text, epilog=epilog)
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=_OVERRIDES.format(name=name) if config else _EXAMPLES[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.set_defaults(run=run, takes_overrides=config)
         if config:
             command.add_argument("config", help="YAML file, or Python file with get_config()")
@@ -79,22 +114,25 @@ def _parser() -> argparse.ArgumentParser:
     export = add("export", _export, "Turn a training checkpoint into a PEFT adapter folder.")
     export.add_argument("checkpoint", help="output folder of a run, or one of its checkpoints")
     export.add_argument("--output", required=True, help="new folder")
-    _add_model(add("verify", _verify, "Compare an adapter's logits with PEFT's (needs torch)."))
+    verify = add("verify", _verify, "Compare an adapter's logits with PEFT's (needs torch, peft).")
+    _add_model(verify, quantization=False)
     add("inspect", _inspect, "Show sizes, targets and contents of a folder.").add_argument(
         "path", help="model, adapter, output folder, checkpoint, or hub id"
     )
     return parser
 
 
-def _add_model(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def _add_model(
+    command: argparse.ArgumentParser, *, quantization: bool = True
+) -> argparse.ArgumentParser:
     command.add_argument("model", help="folder or hub id of a model, or of an adapter")
     command.add_argument("--adapter", help="folder or hub id of an adapter to put on top")
     command.add_argument("--revision", help="branch, tag or commit of a hub model")
-    command.add_argument(
-        "--quantization",
-        choices=("int4", "nf4", "int8"),
-        help="store the base in 4 or 8 bits, as QLoRA trained on it",
-    )
+    if quantization:
+        formats = ("int4", "nf4", "int8")
+        command.add_argument(
+            "--quantization", choices=formats, help="store the base in 4 or 8 bits"
+        )
     return command
 
 
@@ -104,11 +142,13 @@ def _add_sampling(command: argparse.ArgumentParser, *, prompts: bool) -> None:
         command.add_argument("--raw", action="store_true", help="no chat template")
     else:
         command.add_argument("--system", help="system message")
-    command.add_argument("--max_new_tokens", type=int, default=256)
+    command.add_argument(
+        "--max_new_tokens", type=int, default=256, metavar="N", help="longest answer (default 256)"
+    )
     command.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     command.add_argument("--top_k", type=int, default=0, help="0 is off (default)")
     command.add_argument("--top_p", type=float, default=1.0, help="1 is off (default)")
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -170,8 +210,12 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _generate(options: argparse.Namespace) -> None:
+    prompts = options.prompts
+    if not prompts and not sys.stdin.isatty():
+        prompts = [line.rstrip("\n") for line in sys.stdin]
+    if not prompts:
+        raise UserError("generate: no prompt; write it in quotes, or one a line to stdin.")
     model, sampling = _load(options)
-    prompts = options.prompts or [line.rstrip("\n") for line in sys.stdin]
     for answer in model.generate(prompts, sampling, raw=options.raw):
         print(answer)
 

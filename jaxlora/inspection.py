@@ -1,12 +1,12 @@
 """`inspect`: what is in a model folder, an adapter, a run's output folder or a checkpoint."""
 
-import json
 import math
 from collections import Counter
 from pathlib import Path
 
 from jaxlora.checkpoints import hub
-from jaxlora.checkpoints.load import read_model_config
+from jaxlora.checkpoints.json_files import read_json_object
+from jaxlora.checkpoints.load import check_weights, read_model_config
 from jaxlora.checkpoints.peft_config import CONFIG_FILE
 from jaxlora.checkpoints.store import CheckpointStore, locate
 from jaxlora.checkpoints.tensors import TensorFiles
@@ -52,6 +52,7 @@ def inspect(path: str | Path) -> Rows:
 def _model(folder: Path) -> Rows:
     cfg, raw = read_model_config(folder)
     specs = describe(cfg)
+    check_weights(folder, cfg)
     files = TensorFiles(folder)
     total = sum(spec.size for spec in specs.values())
     linear = sum(spec.size for spec in specs.values() if spec.kind == "linear")
@@ -70,7 +71,7 @@ def _model(folder: Path) -> Rows:
         ("weights", _tensors(files)),
         ("linear layers (LoRA targets)", ", ".join(names)),
         ("trained by LoRA r=16 on all", f"{_lora_size(specs, 16):,}"),
-        ("base in memory as", sizes),
+        ("base in memory, rest in bf16", sizes),
     ]
 
 
@@ -109,7 +110,7 @@ def _tensors(files: TensorFiles) -> str:
 
 
 def _adapter(folder: Path) -> Rows:
-    config = json.loads((folder / CONFIG_FILE).read_text())
+    config = read_json_object(folder / CONFIG_FILE, "expected an adapter folder")
     files = TensorFiles(folder, "adapter_model")
     trained = sum(info.size for info in files.info.values())
     kind = "DoRA" if config.get("use_dora") else "LoRA"
@@ -134,6 +135,6 @@ def _checkpoint(store: CheckpointStore, step: int) -> Rows:
                 parts[part] += math.prod(shape)
     return [
         ("checkpoint", f"{store.path(step)} (step {step})"),
-        ("trained parameters", f"{parts['trainable']:,}"),
+        ("trained in it", f"{parts['trainable']:,} parameters"),
         ("optimizer state", f"{parts['optimizer']:,} numbers"),
     ]

@@ -1,7 +1,6 @@
 """`verify`: does PEFT, on a CPU, compute from the exported adapter what jaxlora computes?"""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,10 @@ import numpy as np
 
 from jaxlora import lora
 from jaxlora.checkpoints.fingerprint import base_fingerprint
+from jaxlora.checkpoints.json_files import read_json_object
 from jaxlora.checkpoints.load import load_params, read_model_config
 from jaxlora.checkpoints.peft import load_adapter
+from jaxlora.checkpoints.peft_config import CONFIG_FILE
 from jaxlora.checkpoints.tensors import TensorFiles
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree
@@ -67,7 +68,7 @@ def verify(
         import torch  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f'verify: {error.name} is missing; pip install "jaxlora[verify]".'
+            f"verify: {error.name} is missing; pip install torch peft (jaxlora's extra: verify)."
         ) from None
     base, folder = locate(model, adapter, revision)
     if folder is None:
@@ -109,7 +110,7 @@ def _peft_logits(
         base, dtype=torch.float32, trust_remote_code=False, local_files_only=True
     )
     known = LoraConfig().to_dict().keys()
-    written = json.loads((folder / "adapter_config.json").read_text())
+    written = read_json_object(folder / CONFIG_FILE, "expected an adapter folder")
     config = LoraConfig(**{key: value for key, value in written.items() if key in known})
     model = Peft.from_pretrained(hf, str(folder), config=config, torch_device="cpu").eval()
     wanted = set(get_peft_model_state_dict(model))

@@ -1,7 +1,6 @@
 """Hugging Face weights in: streamed tensor by tensor, quantized on the way, checked beforehand."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxlora.checkpoints.json_files import read_json_object
 from jaxlora.checkpoints.tensors import FLOAT_DTYPES, TensorFiles
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree, unflatten
@@ -48,14 +48,7 @@ def read_model_config(folder: Path) -> tuple[DecoderConfig, dict[str, Any]]:
       UserError: no config.json, bad JSON, an unsupported model, or prequantized weights.
     """
     path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise UserError(f"{path}: not found; expected a model folder in Hugging Face's layout.")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise UserError(f"{path}: expected a JSON object, found {type(raw).__name__}.")
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); download it again.") from error
+    raw = read_json_object(path, "expected a model folder in Hugging Face's layout")
     quantized = raw.get("quantization_config")
     if quantized:
         method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
@@ -120,6 +113,17 @@ def load_params(
                 progress(done, total)
         leaves[path] = place(path, leaf)
     return unflatten(leaves)
+
+
+def check_weights(folder: Path, cfg: DecoderConfig) -> None:
+    """Compares the weight files with the model they should hold; reads headers only.
+
+    Raises:
+      UserError: missing, leftover or misshapen tensors, damaged files.
+    """
+    specs = describe(cfg)
+    names = {path: spec.hf_names() for path, spec in specs.items()}
+    _check(TensorFiles(folder), specs, names, cfg)
 
 
 def _read(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxlora.checkpoints.json_files import read_json_object
 from jaxlora.core.errors import UserError
 from jaxlora.lora.config import LoraConfig
 from jaxlora.lora.targets import Target
@@ -120,14 +121,7 @@ def read_config(path: Path) -> LoraConfig:
     Raises:
       UserError: not found, bad JSON, no LoRA, or a feature jaxlora does not have.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: not found; expected an adapter folder in PEFT's layout.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); export the adapter again.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(content).__name__}.")
+    content = read_json_object(path, "expected an adapter folder in PEFT's layout")
     try:
         _refuse_unsupported(content)
         return _translate(content)

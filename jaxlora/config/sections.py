@@ -89,7 +89,7 @@ class DataKeys(Section):
     val_set_size: NotNegative = 0.0
     """Held-out part of `datasets`: a share below 1, or a number of rows."""
     dataset_prepared_path: Text | None = None
-    """Folder of the token cache; null: last_run_prepared."""
+    """Folder of the token cache; null: $JAXLORA_CACHE, else ~/.cache/jaxlora/datasets."""
     shuffle_merged_datasets: Flag = True
     """Mixes the rows of several data sets."""
     chat_template: Text | None = None

@@ -51,10 +51,6 @@ class Batches:
         self.steps_per_epoch = math.ceil(len(self.plan) / (rows * accumulation))
         self._order: tuple[int, NDArray[np.int64]] | None = None
 
-    def epoch_of(self, step: int) -> int:
-        """The epoch (from 0) that batch `step` belongs to."""
-        return step // self.steps_per_epoch
-
     def batch(self, step: int) -> dict[str, NDArray]:
         """Batch `step` (from 0, over all epochs).
 

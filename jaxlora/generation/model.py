@@ -1,7 +1,6 @@
 """A model ready to answer: base weights, adapter on top, tokenizer."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,9 @@ from typing import Any
 import jax
 
 from jaxlora import lora
-from jaxlora.checkpoints import hub
+from jaxlora.checkpoints import hub, run_folder
 from jaxlora.checkpoints.fingerprint import base_fingerprint
+from jaxlora.checkpoints.json_files import read_json_object
 from jaxlora.checkpoints.load import QuantSpec, load_params, read_model_config
 from jaxlora.checkpoints.peft import load_adapter
 from jaxlora.checkpoints.peft_config import CONFIG_FILE
@@ -100,7 +100,8 @@ def locate(
     folder = hub.resolve(model, revision)
     if not (folder / CONFIG_FILE).is_file():
         return folder, None
-    base = json.loads((folder / CONFIG_FILE).read_text()).get("base_model_name_or_path")
+    written = read_json_object(folder / CONFIG_FILE, "expected an adapter folder")
+    base = written.get("base_model_name_or_path")
     if not base:
         raise UserError(
             f"{folder}: its {CONFIG_FILE} names no base model; give base and --adapter."
@@ -148,13 +149,14 @@ def load(
 
 
 def _trained_on(adapter: Path) -> QuantSpec | None:
-    written = adapter / "config.yml"
-    chosen = derived.quantization(load_config(written)) if written.is_file() else None
+    if not run_folder.holds_run(adapter):  # a config.yml of somebody else says nothing to us
+        return None
+    chosen = derived.quantization(load_config(adapter / "config.yml"))
     return chosen and QuantSpec(chosen.format, double_quant=chosen.double_quant)
 
 
 def _eos_ids(folder: Path) -> tuple[int, ...]:
     """End tokens of generation_config.json: instruct models list more than their tokenizer's."""
     path = folder / "generation_config.json"
-    ids = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    ids = read_json_object(path, "").get("eos_token_id") if path.is_file() else None
     return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)

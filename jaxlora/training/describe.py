@@ -7,7 +7,7 @@ import jax
 from jaxlora.data.report import Report, SourceReport
 from jaxlora.data.table import TokenTable, spans
 from jaxlora.lora import count
-from jaxlora.training.results import TrainResult
+from jaxlora.parallel.rules import undivided
 from jaxlora.training.setup import Plan
 from jaxlora.training.state import bytes_on_devices
 
@@ -54,23 +54,22 @@ def describe_weights(plan: Plan, trainable: Any, frozen: Any) -> str:
     model = plan.model
     total = sum(spec.size for spec in model.specs.values())
     trained = count(model.targets, trainable["adapter"]) if model.lora else total
+    whole = [
+        f"\nnote: {path}: {note}"
+        for path, spec in model.specs.items()
+        for note in undivided(model.placement.mesh, spec.axes, spec.shape)
+    ]
     mesh = " x ".join(f"{name} {size}" for name, size in model.placement.mesh.shape.items())
     return (
         f"model: {plan.config.base_model}: {total:,} parameters, {trained:,} trained "
         f"({trained / total:.2%}); base {bytes_on_devices(frozen) / 2**20:,.1f} MiB, trained "
         f"{bytes_on_devices(trainable) / 2**20:,.1f} MiB, {model.decoder.dtype} on {mesh} "
-        f"{jax.default_backend()}"
+        f"{jax.default_backend()}{''.join(whole)}"
     )
 
 
-def describe_result(plan: Plan, result: TrainResult) -> str:
+def describe_result(plan: Plan) -> str:
     """Returns where the results are and how to chat with them."""
     kind = "adapter" if plan.model.lora else "model"
-    lines = [f"{kind}, loss curve and model card: {result.output_dir}"]
-    chat = "jaxlora chat "
-    if plan.model.lora:
-        chat += f"{plan.config.base_model} --adapter {plan.config.output_dir}"
-    else:
-        chat += f"{plan.config.output_dir}"
-    lines.append(f"chat with it: {chat}")
-    return "\n".join(lines)
+    folder = plan.config.output_dir
+    return f"{kind}, loss curve and model card: {folder}\nchat with it: jaxlora chat {folder}"

@@ -145,7 +145,7 @@ class Run:
         )
         write_report(plan, result)
         store.wait()
-        display.say(describe_result(plan, result))
+        display.say(describe_result(plan))
         return result
 
     def _step(self, display: Display, sinks: Sequence[Sink], store: CheckpointStore) -> None:

@@ -83,7 +83,7 @@ class TensorBoard:
             from tensorboardX import SummaryWriter
         except ImportError:
             raise UserError(
-                'use_tensorboard: tensorboardX is missing; pip install "jaxlora[tensorboard]".'
+                "use_tensorboard: tensorboardX is missing; pip install tensorboardX."
             ) from None
         self._writer = SummaryWriter(str(folder), purge_step=after + 1 if after else None)
 
@@ -102,9 +102,7 @@ class WeightsAndBiases:
         try:
             import wandb
         except ImportError:
-            raise UserError(
-                'wandb_project: wandb is missing; pip install "jaxlora[wandb]".'
-            ) from None
+            raise UserError("wandb_project: wandb is missing; pip install wandb.") from None
         self._run = wandb.init(
             project=config.wandb_project,
             entity=config.wandb_entity,

@@ -9,7 +9,7 @@ import jax
 
 from jaxlora.checkpoints import hub
 from jaxlora.checkpoints.fingerprint import base_fingerprint
-from jaxlora.checkpoints.load import read_model_config
+from jaxlora.checkpoints.load import check_weights, read_model_config
 from jaxlora.checkpoints.peft import load_adapter
 from jaxlora.config import derived, settings
 from jaxlora.config.schema import Config
@@ -78,7 +78,10 @@ def open_model(config: Config) -> Model:
     described = hub.resolve(config.base_model_config) if config.base_model_config else folder
     cfg, _ = read_model_config(described)
     specs = describe(cfg)
-    fingerprint = "" if config.reinit_weights else base_fingerprint(folder)
+    fingerprint = ""
+    if not config.reinit_weights:
+        check_weights(folder, cfg)
+        fingerprint = base_fingerprint(folder)
     lora = settings.lora_config(config)
     targets: dict[str, Target] = {}
     adapter = None

@@ -120,11 +120,6 @@ def test_dtypes():
     }
 
 
-def test_epoch_of():
-    batches = Batches(table_of(10), sequence_len=64, rows=4)
-    assert [batches.epoch_of(step) for step in (0, 2, 3, 6)] == [0, 0, 1, 2]
-
-
 def test_a_token_outside_the_vocabulary_is_refused():
     batches = Batches(table_of(), sequence_len=64, rows=64, vocab_size=1036)
     with pytest.raises(UserError, match="batch 0 holds token id 1036, outside the vocabulary"):
