@@ -131,7 +131,6 @@ SYNONYMS: Mapping[str, str] = {
     "alpha": "lora_alpha",
     "dropout": "lora_dropout",
     "target_modules": "lora_target_modules",
-    "modules_to_save": "lora_modules_to_save",
     "epochs": "num_epochs",
     "num_train_epochs": "num_epochs",
     "steps": "max_steps",

@@ -123,8 +123,8 @@ def load(
       model: folder or hub id of a model, or of an adapter that names its base.
       adapter: folder or hub id of a PEFT adapter to put on top.
       revision: branch, tag or commit of a hub model.
-      quantization: how to store the base; None: as the run that made the adapter did, if its
-        config.yml lies beside it, else plain.
+      quantization: how to store the base; None: as the run did in whose output folder the
+        adapter lies, else plain.
       dtype: of activations and plain weights; default float32 on a CPU, bfloat16 elsewhere.
 
     Raises:
@@ -149,9 +149,11 @@ def load(
 
 
 def _trained_on(adapter: Path) -> QuantSpec | None:
-    if not run_folder.holds_run(adapter):  # a config.yml of somebody else says nothing to us
+    written = adapter / "config.yml"
+    # Somebody else's config.yml says nothing to us.
+    if not (run_folder.holds_run(adapter) and written.is_file()):
         return None
-    chosen = derived.quantization(load_config(adapter / "config.yml"))
+    chosen = derived.quantization(load_config(written))
     return chosen and QuantSpec(chosen.format, double_quant=chosen.double_quant)
 
 

@@ -16,7 +16,7 @@ from jaxlora.checkpoints.manifest import leaf_paths
 from jaxlora.checkpoints.store import CheckpointStore
 
 EXIT = """
-import os, signal, sys
+import os, signal, sys, time
 from states import state_of
 from jaxlora.checkpoints.store import CheckpointStore
 store = CheckpointStore(sys.argv[1])
@@ -28,7 +28,8 @@ match sys.argv[2]:
         raise ValueError("deliberate")
     case "KeyboardInterrupt":
         os.kill(os.getpid(), signal.SIGINT)
-        signal.pause()
+        while True:  # not signal.pause(): the saving thread may be the one that gets the signal
+            time.sleep(0.01)
 """
 
 LOOP = """
