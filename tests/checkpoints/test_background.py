@@ -18,6 +18,7 @@ from jaxlora.checkpoints.store import CheckpointStore
 EXIT = """
 import os, signal, sys, time
 from states import state_of
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits "ignore"
 from jaxlora.checkpoints.store import CheckpointStore
 store = CheckpointStore(sys.argv[1])
 store.save(1, state_of(1, 1 << 24), {})
