@@ -158,6 +158,7 @@ def test_nothing_to_resume_is_refused_and_makes_no_folder(run, tmp_path):
 @pytest.mark.parametrize("at", [3, 4, 0])
 def test_ctrl_c_saves_the_step_it_falls_into(run, whole, monkeypatch, metrics_of, tmp_path, at):
     """The fourth step ends in a checkpoint anyway; before the first there is none."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs inherit "ignore"
     prepare = loop.np.count_nonzero
 
     def press(array):
