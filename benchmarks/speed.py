@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora.models.config import DecoderConfig
+from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import describe
 from jaxlora.training.loop import Run
 from jaxlora.training.resume import Origin
@@ -103,7 +103,7 @@ def ratio(ours: Lane, theirs: Lane) -> dict[str, float | list[float]]:
     }
 
 
-def lora_flops_per_token(cfg: DecoderConfig, adapter_size: int, lengths: Sequence[int]) -> float:
+def lora_flops_per_token(cfg: ModelConfig, adapter_size: int, lengths: Sequence[int]) -> float:
     """Returns the model's FLOPs per real token of a LoRA or QLoRA step.
 
     ``4 (P_linear + P_head) + 3 F_attention + 6 P_lora``: frozen weights need no gradient of their

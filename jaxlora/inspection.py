@@ -11,7 +11,7 @@ from jaxlora.checkpoints.peft_config import CONFIG_FILE
 from jaxlora.checkpoints.store import CheckpointStore, locate
 from jaxlora.checkpoints.tensors import TensorFiles
 from jaxlora.core.errors import UserError
-from jaxlora.models.config import DecoderConfig
+from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import ParamSpec, describe
 
 Rows = list[tuple[str, str]]
@@ -79,7 +79,7 @@ def _bytes(size: float) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def _shape(cfg: DecoderConfig) -> str:
+def _shape(cfg: ModelConfig) -> str:
     window = f", window {cfg.sliding_window}" if cfg.sliding_window else ""
     tied = ", tied embedding" if cfg.tie_embedding else ""
     return (

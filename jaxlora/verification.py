@@ -17,8 +17,8 @@ from jaxlora.checkpoints.tensors import TensorFiles
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree
 from jaxlora.generation.model import locate
-from jaxlora.models.config import DecoderConfig
-from jaxlora.models.decoder import Decoder, bind
+from jaxlora.models.config import ModelConfig
+from jaxlora.models.transformer import Transformer, bind
 from jaxlora.models.parameters import describe
 
 TOLERANCE = 1e-4  # float32 on both sides; a few layers of summation order
@@ -91,8 +91,8 @@ def verify(
     )
 
 
-def _logits(cfg: DecoderConfig, params: Tree, tokens: np.ndarray) -> np.ndarray:
-    model = bind(Decoder(cfg), params)
+def _logits(cfg: ModelConfig, params: Tree, tokens: np.ndarray) -> np.ndarray:
+    model = bind(Transformer(cfg), params)
     positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     hidden, _ = model(jnp.asarray(tokens), jnp.asarray(positions), jnp.ones_like(tokens))
     return np.asarray(model.logits(hidden))

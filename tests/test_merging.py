@@ -13,7 +13,7 @@ from jaxlora.checkpoints.load import QuantSpec, load_params, read_model_config
 from jaxlora.checkpoints.peft import load_adapter
 from jaxlora.core.errors import UserError
 from jaxlora.merging import merge
-from jaxlora.models.decoder import Decoder, bind
+from jaxlora.models.transformer import Transformer, bind
 from jaxlora.models.parameters import describe
 
 INT4 = QuantSpec("int4")
@@ -35,7 +35,7 @@ def logits(folder, adapter=None, quantization=None):
         params = lora.apply(params, arrays, targets)
     tokens = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (2, 12))
     positions = np.broadcast_to(np.arange(12), tokens.shape)
-    model = bind(Decoder(cfg), params)
+    model = bind(Transformer(cfg), params)
     hidden, _ = model(jnp.asarray(tokens), jnp.asarray(positions), jnp.ones_like(tokens))
     return np.asarray(model.logits(hidden))
 

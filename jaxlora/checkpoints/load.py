@@ -14,7 +14,7 @@ from jaxlora.checkpoints.json_files import read_json_object
 from jaxlora.checkpoints.tensors import FLOAT_DTYPES, TensorFiles
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree, unflatten
-from jaxlora.models.config import DecoderConfig
+from jaxlora.models.config import ModelConfig
 from jaxlora.models.families import read_config
 from jaxlora.models.parameters import ParamSpec, describe
 from jaxlora.ops.quantize import quantize
@@ -41,7 +41,7 @@ class QuantSpec:
     double_quant: bool = True
 
 
-def read_model_config(folder: Path) -> tuple[DecoderConfig, dict[str, Any]]:
+def read_model_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """Returns what config.json says, translated, and its raw content.
 
     Raises:
@@ -71,7 +71,7 @@ def to_device(path: str, leaf: Any) -> Any:
 
 def load_params(
     folder: Path,
-    cfg: DecoderConfig,
+    cfg: ModelConfig,
     *,
     dtype: DTypeLike,
     quantization: QuantSpec | None = None,
@@ -115,7 +115,7 @@ def load_params(
     return unflatten(leaves)
 
 
-def check_weights(folder: Path, cfg: DecoderConfig) -> None:
+def check_weights(folder: Path, cfg: ModelConfig) -> None:
     """Compares the weight files with the model they should hold; reads headers only.
 
     Raises:
@@ -167,7 +167,7 @@ def _check(
     files: TensorFiles,
     specs: Mapping[str, ParamSpec],
     names: dict[str, list[str]],
-    cfg: DecoderConfig,
+    cfg: ModelConfig,
 ) -> None:
     """Compares names, shapes and dtypes with the model, and settles tied heads, before reading."""
     if cfg.tie_embedding and _HEAD in files.info:

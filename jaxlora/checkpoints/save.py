@@ -17,7 +17,7 @@ from jaxlora.checkpoints.atomic import staged
 from jaxlora.checkpoints.write import write_tensors
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import flatten
-from jaxlora.models.config import DecoderConfig
+from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import ParamSpec, describe
 from jaxlora.ops.matmul import materialize
 
@@ -38,7 +38,7 @@ _METADATA = {"format": "pt"}
 
 def save_model(
     params: Mapping[str, Any],
-    cfg: DecoderConfig,
+    cfg: ModelConfig,
     folder: Path,
     *,
     source_folder: Path | None = None,

@@ -11,7 +11,7 @@ from jaxlora.data.tokenizer import Encoder
 from jaxlora.generation.decoding import Params, stream
 from jaxlora.generation.sampling import SamplingOptions
 from jaxlora.generation.text import end_ids, pieces
-from jaxlora.models.decoder import Decoder
+from jaxlora.models.transformer import Transformer
 
 Read = Callable[[str], str]
 Write = Callable[[str], object]
@@ -28,7 +28,7 @@ class Session:
     """Who answers, and how.
 
     Attributes:
-      decoder, params, options: as for `jaxlora.generation.stream`; every answer has a seed of its
+      transformer, params, options: as for `jaxlora.generation.stream`; every answer has a seed of its
         own, counted up from `options.seed`.
       tokenizer: of transformers.
       template: how a conversation is written (`jaxlora.data.chat.template_of`); None continues each
@@ -37,7 +37,7 @@ class Session:
       eos_ids: ends of an answer beside those of tokenizer and template.
     """
 
-    decoder: Decoder
+    transformer: Transformer
     params: Params
     tokenizer: Any
     options: SamplingOptions
@@ -113,7 +113,7 @@ class _Conversation:
         session, said = self.session, []
         options = dataclasses.replace(session.options, seed=session.options.seed + self.answered)
         self.answered += 1
-        tokens = stream(session.decoder, session.params, prompt, options, self.ends)
+        tokens = stream(session.transformer, session.params, prompt, options, self.ends)
         try:
             for piece in pieces(session.tokenizer, tokens, prompt):
                 said.append(piece)
@@ -125,7 +125,7 @@ class _Conversation:
 
     def _prompt(self, write: Write) -> list[int]:
         """Token ids to continue, oldest turns dropped until an answer fits; empty if none does."""
-        context = self.session.decoder.cfg.max_context
+        context = self.session.transformer.cfg.max_context
         longest = context - min(self.session.options.max_new_tokens, context // 2)
         ids, dropped = self._ids(), 0
         first = int(bool(self.session.system))

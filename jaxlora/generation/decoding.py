@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxlora.core.errors import UserError
 from jaxlora.generation.sampling import SamplingOptions, sample
-from jaxlora.models.config import DecoderConfig
-from jaxlora.models.decoder import Cache, Constrain, Decoder, bind, empty_cache
+from jaxlora.models.config import ModelConfig
+from jaxlora.models.transformer import Cache, Constrain, Transformer, bind, empty_cache
 
 Params = Mapping[str, Any]
 
@@ -28,13 +28,13 @@ Params = Mapping[str, Any]
 class _Recipe:
     """What the compiled code depends on besides shapes; equal recipes share one compilation."""
 
-    cfg: DecoderConfig
+    cfg: ModelConfig
     dtype: np.dtype
     constrain: Constrain
     options: SamplingOptions
 
-    def bound(self, params: Params) -> Decoder:
-        return bind(Decoder(self.cfg, dtype=self.dtype, constrain=self.constrain), params)
+    def bound(self, params: Params) -> Transformer:
+        return bind(Transformer(self.cfg, dtype=self.dtype, constrain=self.constrain), params)
 
 
 @jax.tree_util.register_dataclass
@@ -59,7 +59,7 @@ class _State:
 
 
 def generate(
-    decoder: Decoder,
+    transformer: Transformer,
     params: Params,
     prompts: Sequence[Sequence[int]],
     options: SamplingOptions,
@@ -74,7 +74,7 @@ def generate(
     not depend on the other prompts (to floating-point rounding) nor on `batch_size`.
 
     Args:
-      decoder: its config, dtype and `constrain` are used.
+      transformer: its config, dtype and `constrain` are used.
       params: tree that `bind` accepts; sharded trees decode where they are.
       prompts: token ids, begin token included, at least one each.
       eos_ids: tokens that end an answer.
@@ -84,10 +84,10 @@ def generate(
     Raises:
       UserError: a prompt is empty, leaves no room in the context, or has an id out of range.
     """
-    cfg, answers = decoder.cfg, [[] for _ in prompts]
+    cfg, answers = transformer.cfg, [[] for _ in prompts]
     for number, prompt in enumerate(prompts):
         _check(prompt, cfg, f"prompt {number + 1}")
-    recipe = _recipe(decoder, options)
+    recipe = _recipe(transformer, options)
     by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     rows = min(batch_size, len(prompts))
     for start in range(0, len(prompts), max(rows, 1)):
@@ -107,7 +107,7 @@ def generate(
 
 
 def stream(
-    decoder: Decoder,
+    transformer: Transformer,
     params: Params,
     prompt: Sequence[int],
     options: SamplingOptions,
@@ -118,14 +118,14 @@ def stream(
     Raises:
       UserError: as `generate`, at once rather than at the first token.
     """
-    _check(prompt, decoder.cfg, "prompt")
-    return _stream(decoder, params, prompt, options, frozenset(eos_ids))
+    _check(prompt, transformer.cfg, "prompt")
+    return _stream(transformer, params, prompt, options, frozenset(eos_ids))
 
 
-def _stream(decoder, params, prompt, options, eos_ids) -> Iterator[int]:
-    recipe = _recipe(decoder, options)
+def _stream(transformer, params, prompt, options, eos_ids) -> Iterator[int]:
+    recipe = _recipe(transformer, options)
     tokens, lengths = _left_padded([prompt], 1, 0)
-    budget = int(_budgets(lengths, options, decoder.cfg)[0])
+    budget = int(_budgets(lengths, options, transformer.cfg)[0])
     keys = _row_keys(options.seed, [0])
     state = _start(params, tokens, lengths, keys, recipe=recipe, size=bucket(budget))
     for count in range(1, budget + 1):
@@ -147,13 +147,13 @@ def bucket(length: int) -> int:
     return -(-length // quantum) * quantum
 
 
-def _recipe(decoder: Decoder, options: SamplingOptions) -> _Recipe:
+def _recipe(transformer: Transformer, options: SamplingOptions) -> _Recipe:
     # Seed and length are arguments, not part of the compiled code.
     method = dataclasses.replace(options, seed=0, max_new_tokens=1)
-    return _Recipe(decoder.cfg, decoder.dtype, decoder.constrain, method)
+    return _Recipe(transformer.cfg, transformer.dtype, transformer.constrain, method)
 
 
-def _check(prompt: Sequence[int], cfg: DecoderConfig, where: str) -> None:
+def _check(prompt: Sequence[int], cfg: ModelConfig, where: str) -> None:
     if not prompt:
         raise UserError(f"{where}: is empty; expected at least one token, such as the begin token.")
     if len(prompt) >= cfg.max_context:
@@ -180,7 +180,7 @@ def _left_padded(
     return tokens, lengths
 
 
-def _budgets(lengths: np.ndarray, options: SamplingOptions, cfg: DecoderConfig) -> np.ndarray:
+def _budgets(lengths: np.ndarray, options: SamplingOptions, cfg: ModelConfig) -> np.ndarray:
     return np.minimum(options.max_new_tokens, cfg.max_context - lengths)
 
 
@@ -219,7 +219,7 @@ def _advance(params, state: _State, recipe: _Recipe) -> _State:
 
 
 def _read(
-    model: Decoder, tokens, positions, segments, cache: Cache
+    model: Transformer, tokens, positions, segments, cache: Cache
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Returns the logits after the last column of tokens, and the cache with all of them."""
     hidden, grown = model(tokens, positions, segments, cache)

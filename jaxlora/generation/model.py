@@ -25,7 +25,7 @@ from jaxlora.generation.chat import Read, Session, Write, chat
 from jaxlora.generation.decoding import generate
 from jaxlora.generation.sampling import SamplingOptions
 from jaxlora.generation.text import answer_text, end_ids
-from jaxlora.models.decoder import Decoder
+from jaxlora.models.transformer import Transformer
 from jaxlora.models.parameters import describe
 
 
@@ -33,7 +33,7 @@ from jaxlora.models.parameters import describe
 class LanguageModel:
     """Base weights with an adapter on top, bound to nothing yet; made by `load`."""
 
-    decoder: Decoder
+    transformer: Transformer
     params: Tree
     tokenizer: Any
     template: ChatTemplate | None
@@ -59,7 +59,7 @@ class LanguageModel:
         ]
         ends = end_ids(self.tokenizer, template, self.eos_ids)
         answers = generate(
-            self.decoder,
+            self.transformer,
             self.params,
             ids,
             options or SamplingOptions(),
@@ -76,7 +76,7 @@ class LanguageModel:
     ) -> None:
         """Talks until the input ends; see `jaxlora.generation.chat`."""
         session = Session(
-            self.decoder,
+            self.transformer,
             self.params,
             self.tokenizer,
             options,
@@ -145,7 +145,7 @@ def load(
     if made is not None:
         params = lora.apply(params, made[0], made[1])
     template = template_of(tokenizer) if tokenizer.chat_template else None
-    return LanguageModel(Decoder(cfg, dtype=dtype), params, tokenizer, template, _eos_ids(base))
+    return LanguageModel(Transformer(cfg, dtype=dtype), params, tokenizer, template, _eos_ids(base))
 
 
 def _trained_on(adapter: Path) -> QuantSpec | None:

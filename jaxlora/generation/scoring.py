@@ -7,7 +7,7 @@ from typing import Any
 from jaxlora.generation.decoding import Params, generate
 from jaxlora.generation.sampling import SamplingOptions
 from jaxlora.generation.text import answer_text, end_ids
-from jaxlora.models.decoder import Decoder
+from jaxlora.models.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Score:
 
 
 def exact_match(
-    decoder: Decoder,
+    transformer: Transformer,
     params: Params,
     examples: Sequence[tuple[Sequence[int], str]],
     tokenizer: Any,
@@ -57,7 +57,7 @@ def exact_match(
     White space around answer and expected text does not count; a special token in an answer does.
 
     Args:
-      decoder, params, options, batch_size: as for `generate`.
+      transformer, params, options, batch_size: as for `generate`.
       examples: prompt token ids with the expected text, less its end token.
       tokenizer: of transformers.
       eos_ids: what ends an answer; None: the tokenizer's end token.
@@ -67,7 +67,7 @@ def exact_match(
     """
     ends = end_ids(tokenizer) if eos_ids is None else eos_ids
     prompts = [list(prompt) for prompt, _ in examples]
-    answers = generate(decoder, params, prompts, options, ends, batch_size=batch_size)
+    answers = generate(transformer, params, prompts, options, ends, batch_size=batch_size)
     samples = tuple(
         Sample(
             answer_text(tokenizer, (), prompt, special=True),

@@ -1,4 +1,4 @@
-"""What distinguishes one decoder from another, as data."""
+"""What distinguishes one transformer from another, as data."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ from jaxlora.ops.rope import RopeScaling
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
+class ModelConfig:
     """Shape and options of a decoder-only transformer; `jaxlora.models.families` reads it from HF.
 
     Attributes:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlora.core.errors import UserError, did_you_mean
-from jaxlora.models.config import DecoderConfig
+from jaxlora.models.config import ModelConfig
 from jaxlora.ops.rope import RopeScaling
 
 
@@ -60,7 +60,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-# Fields whose listed values ask for exactly what the decoder does; any other value is refused.
+# Fields whose listed values ask for exactly what the transformer does; any other value is refused.
 _EXPECTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "is_encoder_decoder": (False,),
@@ -92,7 +92,7 @@ def supported() -> str:
     return ", ".join(sorted(FAMILIES))
 
 
-def read_config(hf: Mapping[str, Any]) -> DecoderConfig:
+def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     """Translates the content of a Hugging Face config.json.
 
     Raises:
@@ -111,7 +111,7 @@ def read_config(hf: Mapping[str, Any]) -> DecoderConfig:
     }
     rope = _rope_fields(field)
     heads = field["num_attention_heads"]
-    return DecoderConfig(
+    return ModelConfig(
         vocab_size=field["vocab_size"],
         embed_dim=field["hidden_size"],
         mlp_dim=field["intermediate_size"],

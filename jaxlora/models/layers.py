@@ -1,7 +1,7 @@
-"""The parts of a decoder block as Flax NNX modules.
+"""The parts of a transformer block as Flax NNX modules.
 
 Flax is used for structure only: a module's parameters are born as `ParamSpec` descriptions, and
-`jaxlora.models.decoder.bind` puts weight leaves in their place. No module knows what a leaf is.
+`jaxlora.models.transformer.bind` puts weight leaves in their place. No module knows what a leaf is.
 """
 
 import jax
@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxlora.core import axes
-from jaxlora.models.config import DecoderConfig
+from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import ParamSpec, declare
 from jaxlora.ops.attention import attention
 from jaxlora.ops.matmul import matmul
@@ -28,7 +28,7 @@ class Linear(nnx.Module):
         shape: tuple[int, int],
         logical_axes: tuple[str, str],
         name: str,
-        cfg: DecoderConfig,
+        cfg: ModelConfig,
         *,
         bias: bool = False,
         kind: str = "linear",
@@ -47,7 +47,7 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root-mean-square norm, statistics in float32 (Zhang and Sennrich 2019)."""
 
-    def __init__(self, dim: int, name: str, cfg: DecoderConfig):
+    def __init__(self, dim: int, name: str, cfg: ModelConfig):
         self.eps = cfg.norm_eps
         self.scale = declare(
             ParamSpec((dim,), (axes.EMBED,), "ones", f"{name}.weight", kind="norm")
@@ -62,7 +62,7 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions and an optional key-value cache."""
 
-    def __init__(self, name: str, cfg: DecoderConfig):
+    def __init__(self, name: str, cfg: ModelConfig):
         self.cfg = cfg
         embed, bias = cfg.embed_dim, cfg.attention_bias
         q_dim, kv_dim = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
@@ -103,7 +103,7 @@ class Attention(nnx.Module):
 class GatedMlp(nnx.Module):
     """``down(silu(gate(x)) * up(x))`` (SwiGLU, Shazeer 2020)."""
 
-    def __init__(self, name: str, cfg: DecoderConfig):
+    def __init__(self, name: str, cfg: ModelConfig):
         widen, narrow = (cfg.embed_dim, cfg.mlp_dim), (cfg.mlp_dim, cfg.embed_dim)
         to_mlp, from_mlp, bias = (axes.EMBED, axes.MLP), (axes.MLP, axes.EMBED), cfg.mlp_bias
         self.gate_proj = Linear(widen, to_mlp, f"{name}.gate_proj", cfg, bias=bias)
@@ -117,9 +117,9 @@ class GatedMlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One decoder layer: attention and MLP, each behind a norm and added to the stream."""
+    """One transformer layer: attention and MLP, each behind a norm and added to the stream."""
 
-    def __init__(self, name: str, cfg: DecoderConfig):
+    def __init__(self, name: str, cfg: ModelConfig):
         self.input_norm = RMSNorm(cfg.embed_dim, f"{name}.input_layernorm", cfg)
         self.attention = Attention(f"{name}.self_attn", cfg)
         self.post_attention_norm = RMSNorm(cfg.embed_dim, f"{name}.post_attention_layernorm", cfg)

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jaxlora.core.tree import Tree, flatten, unflatten
-from jaxlora.models.config import DecoderConfig
+from jaxlora.models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +67,11 @@ def declare(spec: ParamSpec) -> nnx.Param[Any]:
     return nnx.Param(spec)
 
 
-def describe(cfg: DecoderConfig) -> dict[str, ParamSpec]:
-    """Returns ``{path: ParamSpec}`` for every parameter of the decoder, layers stacked."""
-    from jaxlora.models.decoder import Decoder  # its modules are made of ParamSpecs
+def describe(cfg: ModelConfig) -> dict[str, ParamSpec]:
+    """Returns ``{path: ParamSpec}`` for every parameter of the transformer, layers stacked."""
+    from jaxlora.models.transformer import Transformer  # its modules are made of ParamSpecs
 
-    state = nnx.state(Decoder(cfg), nnx.Param)
+    state = nnx.state(Transformer(cfg), nnx.Param)
     specs = flatten(nnx.to_pure_dict(state))
     return {
         path: dataclasses.replace(spec, layers=cfg.num_layers)
@@ -81,7 +81,7 @@ def describe(cfg: DecoderConfig) -> dict[str, ParamSpec]:
     }
 
 
-def init_params(cfg: DecoderConfig, key: jax.Array, dtype: DTypeLike) -> Tree:
+def init_params(cfg: ModelConfig, key: jax.Array, dtype: DTypeLike) -> Tree:
     """Returns fresh parameters, for training from scratch and for tests."""
     specs = describe(cfg)
     keys = dict(zip(sorted(specs), jax.random.split(key, len(specs)), strict=True))

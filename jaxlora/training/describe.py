@@ -63,7 +63,7 @@ def describe_weights(plan: Plan, trainable: Any, frozen: Any) -> str:
     return (
         f"model: {plan.config.base_model}: {total:,} parameters, {trained:,} trained "
         f"({trained / total:.2%}); base {bytes_on_devices(frozen) / 2**20:,.1f} MiB, trained "
-        f"{bytes_on_devices(trainable) / 2**20:,.1f} MiB, {model.decoder.dtype} on {mesh} "
+        f"{bytes_on_devices(trainable) / 2**20:,.1f} MiB, {model.transformer.dtype} on {mesh} "
         f"{jax.default_backend()}{''.join(whole)}"
     )
 

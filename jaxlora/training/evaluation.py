@@ -55,7 +55,7 @@ def scoring_examples(plan: Plan) -> list[tuple[list[int], str]]:
 def held_out_score(plan: Plan, trainable: Tree, frozen: Tree) -> Score:
     """Generates an answer to every scoring prompt, greedily, and counts the exact ones."""
     return exact_match(
-        plan.model.decoder,
+        plan.model.transformer,
         weights(trainable, frozen, plan.model.targets),
         scoring_examples(plan),
         plan.model.tokenizer,
@@ -90,7 +90,7 @@ def evaluate(config: Config) -> Evaluation:
     plan = make_plan(config)
     trainable, frozen = load_weights(config, plan.model)
     assert plan.eval_batches is not None
-    step = make_eval_step(plan.model.decoder, plan.model.targets)
+    step = make_eval_step(plan.model.transformer, plan.model.targets)
     loss = held_out_loss(step, trainable, frozen, plan.eval_batches, plan.model.placement)
     score = held_out_score(plan, trainable, frozen) if config.eval_exact_match else None
     return Evaluation(loss, math.exp(min(loss, 700.0)), score)

@@ -31,7 +31,7 @@ def export_weights(config: Config, model: Model, trainable: Tree, folder: Path) 
             model.cfg,
             folder,
             source_folder=model.folder,
-            dtype=model.decoder.dtype,
+            dtype=model.transformer.dtype,
             overwrite=True,
         )
         return

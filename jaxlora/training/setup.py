@@ -20,8 +20,8 @@ from jaxlora.data.table import check_vocabulary
 from jaxlora.data.tokenizer import load_tokenizer, pad_id
 from jaxlora.lora import LoraConfig, Target, match
 from jaxlora.lora.transform import Adapter
-from jaxlora.models.config import DecoderConfig
-from jaxlora.models.decoder import Decoder
+from jaxlora.models.config import ModelConfig
+from jaxlora.models.transformer import Transformer
 from jaxlora.models.parameters import ParamSpec, describe
 from jaxlora.parallel.mesh import batch_shards, make_mesh
 from jaxlora.parallel.rules import Placement
@@ -41,14 +41,14 @@ class Model:
     """
 
     folder: Path
-    cfg: DecoderConfig
+    cfg: ModelConfig
     specs: dict[str, ParamSpec]
     tokenizer: Any
     fingerprint: str
     targets: dict[str, Target]
     lora: LoraConfig | None
     adapter: Adapter | None
-    decoder: Decoder
+    transformer: Transformer
     placement: Placement
 
 
@@ -99,14 +99,14 @@ def open_model(config: Config) -> Model:
     )
     _check_tokenizer(tokenizer, cfg, config.base_model)
     placement = Placement(make_mesh(config.mesh.model_dump()))
-    decoder = Decoder(
+    transformer = Transformer(
         cfg,
         dtype=derived.compute_dtype(config, jax.default_backend()),
         remat=derived.remat_policy(config),
         constrain=placement.constrain,
     )
     return Model(
-        folder, cfg, specs, tokenizer, fingerprint, targets, lora, adapter, decoder, placement
+        folder, cfg, specs, tokenizer, fingerprint, targets, lora, adapter, transformer, placement
     )
 
 
@@ -114,7 +114,7 @@ def _with_dropout(targets: dict[str, Target], dropout: float) -> dict[str, Targe
     return {path: dataclasses.replace(target, dropout=dropout) for path, target in targets.items()}
 
 
-def _check_tokenizer(tokenizer: Any, cfg: DecoderConfig, base: str) -> None:
+def _check_tokenizer(tokenizer: Any, cfg: ModelConfig, base: str) -> None:
     largest = max(tokenizer.get_vocab().values())
     if largest >= cfg.vocab_size:
         raise UserError(

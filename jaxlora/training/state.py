@@ -44,7 +44,7 @@ def load_weights(
     key = jax.random.key(config.seed)
     trains_all = model.lora is None
     # What trains is kept in float32: bfloat16 cannot hold a small update of a large weight.
-    dtype = jnp.float32 if trains_all else model.decoder.dtype
+    dtype = jnp.float32 if trains_all else model.transformer.dtype
 
     def place(path: str, leaf: Any) -> Any:
         spec = model.specs[path]

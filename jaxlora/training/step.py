@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxlora import lora
 from jaxlora.core.tree import Tree, unflatten
 from jaxlora.lora import Target
-from jaxlora.models.decoder import Decoder, bind
+from jaxlora.models.transformer import Transformer, bind
 from jaxlora.ops.loss import chunked_cross_entropy
 
 Batch = Mapping[str, jax.Array]
@@ -26,7 +26,7 @@ Metrics = dict[str, jax.Array]
 def weights(
     trainable: Tree, frozen: Tree, targets: Mapping[str, Target], key: jax.Array | None = None
 ) -> Tree:
-    """Returns the parameter tree a decoder binds: trained leaves in place, LoRA on top.
+    """Returns the parameter tree a transformer binds: trained leaves in place, LoRA on top.
 
     Args:
       trainable: what trains.
@@ -38,15 +38,15 @@ def weights(
     return lora.apply(params, trainable["adapter"], targets, key)
 
 
-def token_loss_sum(decoder: Decoder, params: Tree, batch: Batch) -> Float[Array, ""]:
+def token_loss_sum(transformer: Transformer, params: Tree, batch: Batch) -> Float[Array, ""]:
     """Returns the sum of the weighted token losses in nats of a ``[rows, T]`` batch."""
-    model = bind(decoder, params)
+    model = bind(transformer, params)
     hidden, _ = model(batch["tokens"], batch["positions"], batch["segment_ids"])
     return chunked_cross_entropy(model.logits, hidden, batch["targets"], batch["weights"])
 
 
 def make_train_step(
-    decoder: Decoder,
+    transformer: Transformer,
     targets: Mapping[str, Target],
     optimizer: optax.GradientTransformation,
     seed_key: jax.Array,
@@ -59,7 +59,7 @@ def make_train_step(
     cut. If the loss or the gradient is not finite the state comes back unchanged.
 
     Args:
-      decoder: unbound decoder.
+      transformer: unbound transformer.
       targets: of the adapter.
       optimizer: from `jaxlora.optim.optimizers`.
       seed_key: typed PRNG key; step and micro-batch numbers are folded into it.
@@ -72,7 +72,7 @@ def make_train_step(
         step_key = jax.random.fold_in(seed_key, number)
 
         def loss_of(trainable, micro_batch, key):
-            return token_loss_sum(decoder, weights(trainable, frozen, targets, key), micro_batch)
+            return token_loss_sum(transformer, weights(trainable, frozen, targets, key), micro_batch)
 
         def add_micro_batch(sums, inputs):
             micro_batch, index = inputs
@@ -98,7 +98,7 @@ def make_train_step(
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=(*placed, None))
 
 
-def make_eval_step(decoder: Decoder, targets: Mapping[str, Target]) -> Callable[..., Any]:
+def make_eval_step(transformer: Transformer, targets: Mapping[str, Target]) -> Callable[..., Any]:
     """Returns ``step(trainable, frozen, batch) -> (loss sum, trained tokens)``, without dropout."""
 
     @jax.jit
@@ -106,7 +106,7 @@ def make_eval_step(decoder: Decoder, targets: Mapping[str, Target]) -> Callable[
         params = weights(trainable, frozen, targets)
 
         def add_micro_batch(total, micro_batch):
-            return total + token_loss_sum(decoder, params, micro_batch), None
+            return total + token_loss_sum(transformer, params, micro_batch), None
 
         total, _ = jax.lax.scan(add_micro_batch, jnp.zeros((), jnp.float32), batch)
         return total, jnp.sum(batch["weights"])

@@ -159,7 +159,7 @@ def test_precision_follows_the_device_unless_given():
     ],
 )
 def test_remat_policy_is_one_the_decoder_knows(values, policy):
-    from jaxlora.models.decoder import REMAT_POLICIES
+    from jaxlora.models.transformer import REMAT_POLICIES
 
     assert derived.remat_policy(load_config(MINIMAL | values)) == policy
     assert policy in ("none", *REMAT_POLICIES)

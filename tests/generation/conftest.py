@@ -10,12 +10,12 @@ import pytest
 import jaxlora
 from jaxlora.core.tree import Tree, flatten, unflatten
 from jaxlora.data.tokenizer import load_tokenizer
-from jaxlora.models.config import DecoderConfig
-from jaxlora.models.decoder import Decoder
+from jaxlora.models.config import ModelConfig
+from jaxlora.models.transformer import Transformer
 from jaxlora.models.parameters import describe, init_params
 
 # init_std 0.5: logits of standard deviation above 1, so that no two of 61 are equal to rounding.
-TINY = DecoderConfig(
+TINY = ModelConfig(
     vocab_size=61,
     embed_dim=24,
     mlp_dim=40,
@@ -32,7 +32,7 @@ TINY = DecoderConfig(
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    decoder: Decoder
+    transformer: Transformer
     params: Tree
 
 
@@ -42,7 +42,7 @@ def random_model():
 
     def make(**changes) -> Model:
         cfg = dataclasses.replace(TINY, **changes)
-        return Model(Decoder(cfg), init_params(cfg, jax.random.key(3), jnp.float32))
+        return Model(Transformer(cfg), init_params(cfg, jax.random.key(3), jnp.float32))
 
     return make
 
@@ -64,7 +64,7 @@ def parrot():
         head = leaves["lm_head/kernel"].at[jnp.array(was), jnp.array(becomes)].set(1.0)
         params = unflatten({**leaves, "lm_head/kernel": head})
         assert flatten(params).keys() == describe(cfg).keys()
-        return Model(Decoder(cfg), params)
+        return Model(Transformer(cfg), params)
 
     return make
 

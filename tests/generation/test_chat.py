@@ -20,7 +20,7 @@ def session(tokenizer, parrot):
     def make(**changes) -> Session:
         options = SamplingOptions(max_new_tokens=8)
         given = {"options": options, "template": template_of(tokenizer), **changes}
-        return Session(model.decoder, model.params, tokenizer, **given)
+        return Session(model.transformer, model.params, tokenizer, **given)
 
     return make
 
@@ -91,7 +91,7 @@ def test_an_interrupt_while_typing_says_how_to_leave(session):
 
 def test_a_full_context_forgets_the_oldest_turns_and_says_so(session, tokenizer):
     long = session(system="Be brief.", options=SamplingOptions(max_new_tokens=20))
-    context = long.decoder.cfg.max_context
+    context = long.transformer.cfg.max_context
     line = "x" * 30
     messages, shown = talk(long, *[f"{number} {line}" for number in range(4)])
     assert contents(messages)[0] == ("s", "Be brief.")

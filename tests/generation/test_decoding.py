@@ -9,7 +9,7 @@ from jaxlora.core.tree import flatten, replace
 from jaxlora.generation import decoding
 from jaxlora.generation.decoding import bucket, generate, stream
 from jaxlora.generation.sampling import SamplingOptions
-from jaxlora.models.decoder import Decoder, bind
+from jaxlora.models.transformer import Transformer, bind
 from jaxlora.models.parameters import describe
 from jaxlora.ops.quantize import quantize
 
@@ -24,7 +24,7 @@ def recomputed(model, prompt, count):
     @jax.jit
     def following(tokens, last):
         # What is right of `last` is not yet written; no query up to there sees it.
-        bound = bind(model.decoder, model.params)
+        bound = bind(model.transformer, model.params)
         hidden, _ = bound(tokens, jnp.arange(24)[None], jnp.ones_like(tokens))
         return bound.logits(hidden[0, last]).argmax()
 
@@ -39,36 +39,36 @@ def recomputed(model, prompt, count):
 def test_cached_decoding_of_a_padded_batch_equals_recomputation(random_model, changes):
     model = random_model(**changes)
     wanted = [recomputed(model, prompt, 12) for prompt in PROMPTS]
-    assert generate(model.decoder, model.params, PROMPTS, TWELVE) == wanted
+    assert generate(model.transformer, model.params, PROMPTS, TWELVE) == wanted
     assert len({token for answer in wanted for token in answer}) > 6  # not one token for ever
 
 
 @pytest.mark.parametrize("options", [TWELVE, SAMPLED], ids=["greedy", "sampled"])
 def test_an_answer_does_not_depend_on_the_batch(random_model, options):
     model = random_model()
-    together = generate(model.decoder, model.params, PROMPTS, options)
-    apart = generate(model.decoder, model.params, PROMPTS, options, batch_size=2)
+    together = generate(model.transformer, model.params, PROMPTS, options)
+    apart = generate(model.transformer, model.params, PROMPTS, options, batch_size=2)
     assert apart == together
 
 
 def test_the_pad_token_does_not_matter(random_model):
     model = random_model()
-    answers = [generate(model.decoder, model.params, PROMPTS, TWELVE, pad_id=i) for i in (0, 60)]
+    answers = [generate(model.transformer, model.params, PROMPTS, TWELVE, pad_id=i) for i in (0, 60)]
     assert answers[0] == answers[1]
 
 
 def test_the_seed_decides_a_sampled_answer(random_model):
     model, same = random_model(), [PROMPTS[0]] * 2
-    first, second = generate(model.decoder, model.params, same, SAMPLED)
+    first, second = generate(model.transformer, model.params, same, SAMPLED)
     assert first != second
     other = SamplingOptions(temperature=1.0, top_k=20, max_new_tokens=12, seed=5)
-    assert generate(model.decoder, model.params, same, SAMPLED) == [first, second]
-    assert generate(model.decoder, model.params, same, other)[0] != first
+    assert generate(model.transformer, model.params, same, SAMPLED) == [first, second]
+    assert generate(model.transformer, model.params, same, other)[0] != first
 
 
 def test_every_token_is_drawn_anew(parrot):
     model = parrot({0: 0}, 50)  # says nothing about any other token: all equally likely
-    [answer] = generate(model.decoder, model.params, [[7]], SAMPLED)
+    [answer] = generate(model.transformer, model.params, [[7]], SAMPLED)
     assert len(set(answer)) > 6
 
 
@@ -79,17 +79,17 @@ def test_every_token_is_drawn_anew(parrot):
 )
 def test_stream_equals_generate(random_model, options):
     model = random_model()
-    whole = generate(model.decoder, model.params, PROMPTS, options)[0]
-    assert list(stream(model.decoder, model.params, PROMPTS[0], options)) == whole
+    whole = generate(model.transformer, model.params, PROMPTS, options)[0]
+    assert list(stream(model.transformer, model.params, PROMPTS[0], options)) == whole
     ends = whole[7:8]
     cut = whole[: whole.index(ends[0])]
-    assert list(stream(model.decoder, model.params, PROMPTS[0], options, ends)) == cut
+    assert list(stream(model.transformer, model.params, PROMPTS[0], options, ends)) == cut
 
 
 def test_each_row_stops_before_its_own_end_token(parrot):
     model = parrot({1: 2, 2: 3, 3: 4, 4: 5, 5: 6, 6: 7, 7: 7}, 12)
     prompts, ends = [[1], [9, 5], [9, 9, 2], [7]], (4, 6)
-    assert generate(model.decoder, model.params, prompts, TWELVE, ends) == [
+    assert generate(model.transformer, model.params, prompts, TWELVE, ends) == [
         [2, 3],
         [],
         [3],
@@ -101,13 +101,13 @@ def test_an_answer_stops_where_the_context_is_full(parrot):
     model = parrot({1: 1}, 4, max_context=40)
     options = SamplingOptions(max_new_tokens=100)
     prompts = [[1] * 39, [1] * 3]
-    assert [len(a) for a in generate(model.decoder, model.params, prompts, options)] == [1, 37]
-    assert len(list(stream(model.decoder, model.params, prompts[0], options))) == 1
+    assert [len(a) for a in generate(model.transformer, model.params, prompts, options)] == [1, 37]
+    assert len(list(stream(model.transformer, model.params, prompts[0], options))) == 1
 
 
 def test_no_prompts_give_no_answers(random_model):
     model = random_model()
-    assert generate(model.decoder, model.params, [], TWELVE) == []
+    assert generate(model.transformer, model.params, [], TWELVE) == []
 
 
 @pytest.mark.parametrize(
@@ -122,14 +122,14 @@ def test_no_prompts_give_no_answers(random_model):
 def test_a_prompt_the_model_cannot_read_is_refused(random_model, prompt, message):
     model = random_model()
     with pytest.raises(UserError, match=f"^prompt 2: .*{message}"):
-        generate(model.decoder, model.params, [[1], prompt], TWELVE)
+        generate(model.transformer, model.params, [[1], prompt], TWELVE)
     with pytest.raises(UserError, match=f"^prompt: .*{message}"):
-        stream(model.decoder, model.params, prompt, TWELVE)
+        stream(model.transformer, model.params, prompt, TWELVE)
 
 
 def test_lora_on_quantized_leaves_decodes_as_merged(random_model):
     model = random_model()
-    specs = describe(model.decoder.cfg)
+    specs = describe(model.transformer.cfg)
     leaves = flatten(model.params)
     packed = {}
     for path in (path for path, spec in specs.items() if spec.kind == "linear"):
@@ -149,9 +149,9 @@ def test_lora_on_quantized_leaves_decodes_as_merged(random_model):
     }
     adapted = lora.apply(quantized, adapter, targets)
     merged = jax.jit(lambda tree, pairs: lora.merge(tree, pairs, targets))(quantized, adapter)
-    answers = generate(model.decoder, adapted, PROMPTS, TWELVE)
-    assert answers == generate(model.decoder, merged, PROMPTS, TWELVE)
-    assert answers != generate(model.decoder, model.params, PROMPTS, TWELVE)
+    answers = generate(model.transformer, adapted, PROMPTS, TWELVE)
+    assert answers == generate(model.transformer, merged, PROMPTS, TWELVE)
+    assert answers != generate(model.transformer, model.params, PROMPTS, TWELVE)
 
 
 def test_lengths_and_equal_decoders_share_a_compilation(random_model):
@@ -159,7 +159,7 @@ def test_lengths_and_equal_decoders_share_a_compilation(random_model):
     before = decoding._decode_batch._cache_size()
     for length, count, seed in ((1, 1, 0), (7, 12, 1), (32, 30, 2)):
         options = SamplingOptions(temperature=0.7, max_new_tokens=count, seed=seed)
-        generate(Decoder(model.decoder.cfg), model.params, [[1] * length], options)
+        generate(Transformer(model.transformer.cfg), model.params, [[1] * length], options)
     assert decoding._decode_batch._cache_size() == before + 1
 
 

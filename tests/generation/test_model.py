@@ -95,7 +95,7 @@ def test_an_answer_stops_at_an_end_token_of_the_generation_config(tmp_path, writ
     model = load(base)
     (answer,) = model.generate(["red cat"], SHORT, raw=True)
     assert answer
-    every_id = list(range(model.decoder.cfg.vocab_size))
+    every_id = list(range(model.transformer.cfg.vocab_size))
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": every_id}))
     assert load(base).generate(["red cat"], SHORT, raw=True) == [""]
 

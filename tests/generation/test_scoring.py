@@ -21,7 +21,7 @@ def test_only_equal_texts_count(cats, tokenizer):
     model, prompt = cats
     texts = [" cat", "cat\n", " ca", " cats", "Cat", ""]
     examples = [(prompt, text) for text in texts]
-    score = exact_match(model.decoder, model.params, examples, tokenizer, OPTIONS, batch_size=4)
+    score = exact_match(model.transformer, model.params, examples, tokenizer, OPTIONS, batch_size=4)
     assert [sample.correct for sample in score.samples] == [True, True, *[False] * 4]
     assert (score.correct, score.total, score.rate) == (2, 6, 2 / 6)
     assert score.samples[2] == Sample("a", " ca", " cat")
@@ -30,12 +30,12 @@ def test_only_equal_texts_count(cats, tokenizer):
 def test_an_answer_that_goes_on_is_wrong(cats, tokenizer):
     model, prompt = cats
     score = exact_match(
-        model.decoder, model.params, [(prompt, " cat")], tokenizer, OPTIONS, eos_ids=()
+        model.transformer, model.params, [(prompt, " cat")], tokenizer, OPTIONS, eos_ids=()
     )
     assert score.correct == 0
 
 
 def test_no_examples_score_zero(cats, tokenizer):
     model, _ = cats
-    score = exact_match(model.decoder, model.params, [], tokenizer, OPTIONS)
+    score = exact_match(model.transformer, model.params, [], tokenizer, OPTIONS)
     assert (score.rate, score.total) == (0.0, 0)

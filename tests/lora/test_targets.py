@@ -5,10 +5,10 @@ import pytest
 
 from jaxlora.core.errors import UserError
 from jaxlora.lora import LoraConfig, match, targets_of_tree
-from jaxlora.models.config import DecoderConfig
+from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import describe
 
-CFG = DecoderConfig(
+CFG = ModelConfig(
     vocab_size=17,
     embed_dim=8,
     mlp_dim=10,

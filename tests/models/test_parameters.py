@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from jaxlora.core.tree import flatten
-from jaxlora.models.config import DecoderConfig
+from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import describe, init_params
 
-CFG = DecoderConfig(
+CFG = ModelConfig(
     vocab_size=31,
     embed_dim=12,
     mlp_dim=20,
@@ -19,8 +19,8 @@ CFG = DecoderConfig(
     norm_eps=1e-5,
     rope_theta=1e4,
 )
-BIASED = DecoderConfig(**{**vars(CFG), "attention_bias": True, "mlp_bias": True})
-TIED = DecoderConfig(**{**vars(CFG), "tie_embedding": True})
+BIASED = ModelConfig(**{**vars(CFG), "attention_bias": True, "mlp_bias": True})
+TIED = ModelConfig(**{**vars(CFG), "tie_embedding": True})
 
 
 def test_paths_and_shapes_are_the_documented_ones():

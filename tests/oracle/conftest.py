@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jaxlora.core.tree import unflatten
-from jaxlora.models.config import DecoderConfig
-from jaxlora.models.decoder import Decoder, bind
+from jaxlora.models.config import ModelConfig
+from jaxlora.models.transformer import Transformer, bind
 from jaxlora.models.families import read_config
 from jaxlora.models.parameters import describe
 
@@ -21,7 +21,7 @@ class Pair:
     """One model twice: as a torch module and as our config and parameter tree."""
 
     torch_model: Any
-    cfg: DecoderConfig
+    cfg: ModelConfig
     params: dict
 
     def torch_logits(self, tokens) -> np.ndarray:
@@ -30,14 +30,14 @@ class Pair:
         with torch.no_grad():
             return self.torch_model(torch.tensor(tokens)).logits.numpy()
 
-    def logits(self, tokens, cfg: DecoderConfig | None = None) -> np.ndarray:
+    def logits(self, tokens, cfg: ModelConfig | None = None) -> np.ndarray:
         return np.asarray(run_decoder(cfg or self.cfg, self.params, jnp.asarray(tokens)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def run_decoder(cfg, params, tokens):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    model = bind(Decoder(cfg), params)
+    model = bind(Transformer(cfg), params)
     return model.logits(model(tokens, positions, jnp.ones_like(tokens))[0])
 
 
@@ -59,7 +59,7 @@ def scale_weights(model, seed: int) -> None:
                 parameter.copy_(parameter.mean() + 0.2 * noise)
 
 
-def convert(model, cfg: DecoderConfig) -> dict:
+def convert(model, cfg: ModelConfig) -> dict:
     """Returns our parameter tree with the weights of a transformers model."""
     tensors = model.state_dict()
     leaves = {}

@@ -11,7 +11,7 @@ from jaxlora.core.tree import unflatten
 from jaxlora.generation.decoding import generate, stream
 from jaxlora.generation.sampling import SamplingOptions, filtered, penalise
 from jaxlora.generation.text import answer_text
-from jaxlora.models.decoder import Decoder
+from jaxlora.models.transformer import Transformer
 from jaxlora.models.families import read_config
 from jaxlora.models.parameters import describe
 
@@ -75,7 +75,7 @@ def test_greedy_batch_equals_transformers_token_for_token(make_pair, case):
     assert all(len(set(row)) > 10 for row in wanted)
     assert len({tuple(row[-20:]) for row in wanted}) == len(wanted)
     options = SamplingOptions(max_new_tokens=COUNT)
-    assert generate(Decoder(pair.cfg), pair.params, PROMPTS, options) == wanted
+    assert generate(Transformer(pair.cfg), pair.params, PROMPTS, options) == wanted
 
 
 def test_greedy_with_a_repetition_penalty_equals_transformers(make_pair):
@@ -83,7 +83,7 @@ def test_greedy_with_a_repetition_penalty_equals_transformers(make_pair):
     # One row: transformers also penalises the tokens it pads with.
     [wanted] = greedy_by_transformers(pair.torch_model, PROMPTS[:1], repetition_penalty=1.2)
     options = SamplingOptions(max_new_tokens=COUNT, repetition_penalty=1.2)
-    assert list(stream(Decoder(pair.cfg), pair.params, PROMPTS[0], options)) == wanted
+    assert list(stream(Transformer(pair.cfg), pair.params, PROMPTS[0], options)) == wanted
 
 
 def test_tinystories_goes_on_as_in_transformers():
@@ -102,7 +102,7 @@ def test_tinystories_goes_on_as_in_transformers():
     texts = ["Once upon a time", "The dog ran to the big tree and", "Tom"]
     prompts = [tokenizer(text).input_ids for text in texts]
     options = SamplingOptions(max_new_tokens=COUNT)
-    answers = generate(Decoder(cfg), unflatten(leaves), prompts, options)
+    answers = generate(Transformer(cfg), unflatten(leaves), prompts, options)
     assert answers == greedy_by_transformers(model, prompts)
     assert answer_text(tokenizer, prompts[0], answers[0]).startswith(
         ", a little girl named Lily lived in a small house with her mom, dad, and her dog"

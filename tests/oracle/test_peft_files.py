@@ -12,7 +12,7 @@ from jaxlora.checkpoints.load import load_params, read_model_config
 from jaxlora.checkpoints.peft import load_adapter, save_adapter
 from jaxlora.checkpoints.save import save_model
 from jaxlora.lora import LoraConfig, apply, init, match
-from jaxlora.models.decoder import Decoder, bind
+from jaxlora.models.transformer import Transformer, bind
 from jaxlora.models.parameters import describe
 
 torch = pytest.importorskip("torch")
@@ -68,7 +68,7 @@ def our_logits(base):
     def forward(params):
         tokens = jnp.asarray(TOKENS)
         positions = jnp.broadcast_to(jnp.arange(TOKENS.shape[1]), TOKENS.shape)
-        model = bind(Decoder(cfg), params)
+        model = bind(Transformer(cfg), params)
         return model.logits(model(tokens, positions, jnp.ones_like(tokens))[0])
 
     return jax.jit(forward)

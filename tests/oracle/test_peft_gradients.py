@@ -7,7 +7,7 @@ import pytest
 
 from jaxlora.core.tree import flatten
 from jaxlora.lora import LoraConfig, apply, count, init, match, merge
-from jaxlora.models.decoder import Decoder, bind
+from jaxlora.models.transformer import Transformer, bind
 from jaxlora.models.parameters import describe
 from jaxlora.ops.loss import chunked_cross_entropy
 
@@ -110,7 +110,7 @@ class Both:
         weights = jnp.ones(tokens.shape).at[:, -1].set(0.0)
 
         def mean_loss(adapter):
-            model = bind(Decoder(self.cfg), apply(self.params, adapter, self.targets))
+            model = bind(Transformer(self.cfg), apply(self.params, adapter, self.targets))
             hidden, _ = model(tokens, positions, jnp.ones_like(tokens))
             total = chunked_cross_entropy(
                 model.logits, hidden, jnp.roll(tokens, -1, axis=1), weights, chunk_tokens=16

@@ -1,11 +1,11 @@
-"""Logits of the decoder against transformers, family by family, in float32."""
+"""Logits of the transformer against transformers, family by family, in float32."""
 
 import dataclasses
 
 import numpy as np
 import pytest
 
-from jaxlora.models.config import DecoderConfig
+from jaxlora.models.config import ModelConfig
 from jaxlora.ops.rope import RopeScaling
 
 pytest.importorskip("torch")
@@ -174,4 +174,4 @@ def test_every_config_field_is_mutated_or_is_a_shape():
     mutated |= {"attention_bias", "mlp_bias", "tie_embedding"}
     # Shapes must equal those of the weights; the last two are not used by a forward pass.
     others = {"vocab_size", "embed_dim", "mlp_dim", "num_layers", "max_context", "init_std"}
-    assert mutated | others == {field.name for field in dataclasses.fields(DecoderConfig)}
+    assert mutated | others == {field.name for field in dataclasses.fields(ModelConfig)}

@@ -19,8 +19,8 @@ import numpy as np
 from jaxlora import lora
 from jaxlora.core.tree import flatten, unflatten
 from jaxlora.lora import LoraConfig, match
-from jaxlora.models.config import DecoderConfig
-from jaxlora.models.decoder import Decoder
+from jaxlora.models.config import ModelConfig
+from jaxlora.models.transformer import Transformer
 from jaxlora.models.parameters import describe, init_params
 from jaxlora.ops.quantize import quantize
 from jaxlora.optim.optimizers import make_optimizer
@@ -29,7 +29,7 @@ from jaxlora.parallel.rules import Placement
 from jaxlora.training.state import init_optimizer
 from jaxlora.training.step import make_train_step
 
-CFG = DecoderConfig(
+CFG = ModelConfig(
     vocab_size=96,
     embed_dim=128,
     mlp_dim=256,
@@ -90,9 +90,9 @@ def setup(method, placement):
     every = jax.tree.map(lambda leaf: True, trainable)
     optimizer = make_optimizer("adamw", lambda step: 1e-2, decayed=every, matrices=every)
     opt_state = init_optimizer(optimizer, trainable, placement)
-    decoder = Decoder(CFG, remat="full", constrain=placement.constrain)
+    transformer = Transformer(CFG, remat="full", constrain=placement.constrain)
     like = (trainable, opt_state)
-    step = make_train_step(decoder, targets, optimizer, jax.random.key(5), like)
+    step = make_train_step(transformer, targets, optimizer, jax.random.key(5), like)
     return step, trainable, opt_state, frozen
 
 

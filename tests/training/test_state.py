@@ -7,13 +7,13 @@ import pytest
 
 from jaxlora.config.derived import OPTIMIZERS
 from jaxlora.config.load import load_config
-from jaxlora.models.config import DecoderConfig
+from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import describe
 from jaxlora.parallel.mesh import make_mesh
 from jaxlora.parallel.rules import Placement
 from jaxlora.training.state import init_optimizer, make_tx
 
-CFG = DecoderConfig(
+CFG = ModelConfig(
     vocab_size=8,
     embed_dim=4,
     mlp_dim=8,

@@ -13,8 +13,8 @@ from jaxlora.core.tree import flatten, unflatten
 from jaxlora.data.batches import Batches
 from jaxlora.data.table import TokenTable
 from jaxlora.lora import LoraConfig, match
-from jaxlora.models.config import DecoderConfig
-from jaxlora.models.decoder import Decoder
+from jaxlora.models.config import ModelConfig
+from jaxlora.models.transformer import Transformer
 from jaxlora.models.parameters import describe, init_params
 from jaxlora.ops.quantize import quantize
 from jaxlora.optim.optimizers import make_optimizer
@@ -23,7 +23,7 @@ from jaxlora.parallel.rules import Placement
 from jaxlora.training.state import init_optimizer
 from jaxlora.training.step import make_eval_step, make_train_step
 
-CFG = DecoderConfig(
+CFG = ModelConfig(
     vocab_size=61,
     embed_dim=32,
     mlp_dim=64,
@@ -100,12 +100,12 @@ def compiled(method, dropout, optimizer):
         optimizer, lambda step: 0.1, decayed=every, matrices=every, max_grad_norm=None
     )
     opt_state = init_optimizer(tx, trainable, placement)
-    decoder, like = Decoder(CFG), (trainable, opt_state)
-    step = make_train_step(decoder, targets, tx, jax.random.key(3), like)
+    transformer, like = Transformer(CFG), (trainable, opt_state)
+    step = make_train_step(transformer, targets, tx, jax.random.key(3), like)
     state = (trainable, opt_state, {} if full else leaves)
     return (
         step,
-        make_eval_step(decoder, targets),
+        make_eval_step(transformer, targets),
         arrays(state),
         jax.tree.map(lambda leaf: leaf.sharding, state),
     )

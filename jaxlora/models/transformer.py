@@ -1,4 +1,4 @@
-"""The decoder: embed, scan over stacked layers, norm, head."""
+"""The transformer: embed, scan over stacked layers, norm, head."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxlora.core import axes
-from jaxlora.models.config import DecoderConfig
+from jaxlora.models.config import ModelConfig
 from jaxlora.models.layers import Block, Linear, RMSNorm
 from jaxlora.models.parameters import ParamSpec, declare
 from jaxlora.ops.attention import attention_mask
@@ -50,15 +50,15 @@ class Cache:
     index: Int[Array, ""]
 
 
-def empty_cache(cfg: DecoderConfig, batch: int, length: int, dtype: DTypeLike) -> Cache:
+def empty_cache(cfg: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> Cache:
     """Returns a cache with room for `length` tokens in each of `batch` rows."""
     shape = (cfg.num_layers, batch, length, cfg.num_kv_heads, cfg.head_dim)
     slots = jnp.zeros((batch, length), jnp.int32)
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots, slots, jnp.int32(0))
 
 
-class Decoder(nnx.Module):
-    """A LLaMA-shaped decoder. Build it from a config, then `bind` it to a parameter tree.
+class Transformer(nnx.Module):
+    """A LLaMA-shaped transformer. Build it from a config, then `bind` it to a parameter tree.
 
     Args:
       cfg: shape and options.
@@ -69,7 +69,7 @@ class Decoder(nnx.Module):
 
     def __init__(
         self,
-        cfg: DecoderConfig,
+        cfg: ModelConfig,
         *,
         dtype: DTypeLike = jnp.float32,
         remat: str = "none",
@@ -153,15 +153,15 @@ def _note_tokens(cache: Cache, positions, segments) -> Cache:
     )
 
 
-def bind(decoder: Decoder, params: Mapping[str, Any]) -> Decoder:
-    """Returns `decoder` with the leaves of `params` in place of its descriptions.
+def bind(transformer: Transformer, params: Mapping[str, Any]) -> Transformer:
+    """Returns `transformer` with the leaves of `params` in place of its descriptions.
 
     Cheap and pure, made to be called inside `jax.jit`; leaves may be plain, quantized or LoRA.
 
-    >>> cfg = DecoderConfig(vocab_size=8, embed_dim=4, mlp_dim=8, num_layers=2, num_heads=2,
+    >>> cfg = ModelConfig(vocab_size=8, embed_dim=4, mlp_dim=8, num_layers=2, num_heads=2,
     ...     num_kv_heads=1, head_dim=2, max_context=16, norm_eps=1e-5, rope_theta=1e4)
     >>> from jaxlora.models.parameters import init_params
-    >>> model = bind(Decoder(cfg), init_params(cfg, jax.random.key(0), jnp.float32))
+    >>> model = bind(Transformer(cfg), init_params(cfg, jax.random.key(0), jnp.float32))
     >>> ids = jnp.arange(6).reshape(2, 3)
     >>> hidden, _ = model(ids, jnp.arange(3)[None].repeat(2, 0), jnp.ones_like(ids))
     >>> model.logits(hidden).shape
@@ -174,4 +174,4 @@ def bind(decoder: Decoder, params: Mapping[str, Any]) -> Decoder:
             for key, leaf in tree.items()
         }
 
-    return nnx.merge(nnx.graphdef(decoder), nnx.State(as_state(params)))
+    return nnx.merge(nnx.graphdef(transformer), nnx.State(as_state(params)))

@@ -10,14 +10,14 @@ import pytest
 from jaxlora.core.tree import flatten, replace
 from jaxlora.lora import LoraConfig, apply, init, match
 from jaxlora.models import layers
-from jaxlora.models.config import DecoderConfig
-from jaxlora.models.decoder import REMAT_POLICIES, Decoder, bind, empty_cache
+from jaxlora.models.config import ModelConfig
+from jaxlora.models.transformer import REMAT_POLICIES, Transformer, bind, empty_cache
 from jaxlora.models.parameters import describe
 from jaxlora.ops.loss import chunked_cross_entropy
 from jaxlora.ops.matmul import materialize
 from jaxlora.ops.quantize import FORMATS, quantize
 
-CFG = DecoderConfig(
+CFG = ModelConfig(
     vocab_size=31,
     embed_dim=64,
     mlp_dim=80,
@@ -49,7 +49,7 @@ PARAMS = scaled_params(CFG)
 
 @functools.partial(jax.jit, static_argnames=("cfg", "dtype"))
 def logits_of(params, tokens, positions, segments, cfg=CFG, dtype="float32"):
-    model = bind(Decoder(cfg, dtype=dtype), params)
+    model = bind(Transformer(cfg, dtype=dtype), params)
     return model.logits(model(tokens, positions, segments)[0])
 
 
@@ -111,7 +111,7 @@ def test_cache_gives_the_logits_of_the_whole_sequence():
 
     @jax.jit
     def two_steps(params):
-        model = bind(Decoder(CFG), params)
+        model = bind(Transformer(CFG), params)
         cache = empty_cache(CFG, 1, 12, jnp.float32)
         pieces = []
         for part in (slice(0, 6), slice(6, 9)):
@@ -140,7 +140,7 @@ def make_loss(cfg=CFG, remat="none", length=8):
     targets, weights = jnp.roll(tokens, -1, axis=1), (segments > 0).astype(jnp.float32)
 
     def loss(params):
-        model = bind(Decoder(cfg, remat=remat), params)
+        model = bind(Transformer(cfg, remat=remat), params)
         hidden, _ = model(tokens, positions, segments)
         return chunked_cross_entropy(model.logits, hidden, targets, weights, chunk_tokens=4)
 
