@@ -72,7 +72,9 @@ def make_train_step(
         step_key = jax.random.fold_in(seed_key, number)
 
         def loss_of(trainable, micro_batch, key):
-            return token_loss_sum(transformer, weights(trainable, frozen, targets, key), micro_batch)
+            return token_loss_sum(
+                transformer, weights(trainable, frozen, targets, key), micro_batch
+            )
 
         def add_micro_batch(sums, inputs):
             micro_batch, index = inputs

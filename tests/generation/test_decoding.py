@@ -53,7 +53,9 @@ def test_an_answer_does_not_depend_on_the_batch(random_model, options):
 
 def test_the_pad_token_does_not_matter(random_model):
     model = random_model()
-    answers = [generate(model.transformer, model.params, PROMPTS, TWELVE, pad_id=i) for i in (0, 60)]
+    answers = [
+        generate(model.transformer, model.params, PROMPTS, TWELVE, pad_id=i) for i in (0, 60)
+    ]
     assert answers[0] == answers[1]
 
 
