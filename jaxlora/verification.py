@@ -18,8 +18,8 @@ from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree
 from jaxlora.generation.model import locate
 from jaxlora.models.config import ModelConfig
-from jaxlora.models.transformer import Transformer, bind
 from jaxlora.models.parameters import describe
+from jaxlora.models.transformer import Transformer, bind
 
 TOLERANCE = 1e-4  # float32 on both sides; a few layers of summation order
 _ROWS, _LENGTH = 2, 32

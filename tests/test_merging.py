@@ -13,8 +13,8 @@ from jaxlora.checkpoints.load import QuantSpec, load_params, read_model_config
 from jaxlora.checkpoints.peft import load_adapter
 from jaxlora.core.errors import UserError
 from jaxlora.merging import merge
-from jaxlora.models.transformer import Transformer, bind
 from jaxlora.models.parameters import describe
+from jaxlora.models.transformer import Transformer, bind
 
 INT4 = QuantSpec("int4")
 # float32 on both sides, logits of standard deviation about 1: rounding of the sums alone.

@@ -28,8 +28,8 @@ class Session:
     """Who answers, and how.
 
     Attributes:
-      transformer, params, options: as for `jaxlora.generation.stream`; every answer has a seed of its
-        own, counted up from `options.seed`.
+      transformer, params, options: as for `jaxlora.generation.stream`; each answer has a seed
+        of its own, counted up from `options.seed`.
       tokenizer: of transformers.
       template: how a conversation is written (`jaxlora.data.chat.template_of`); None continues each
         line as plain text, without a history.

@@ -25,8 +25,8 @@ from jaxlora.generation.chat import Read, Session, Write, chat
 from jaxlora.generation.decoding import generate
 from jaxlora.generation.sampling import SamplingOptions
 from jaxlora.generation.text import answer_text, end_ids
-from jaxlora.models.transformer import Transformer
 from jaxlora.models.parameters import describe
+from jaxlora.models.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,8 +21,8 @@ from jaxlora.data.tokenizer import load_tokenizer, pad_id
 from jaxlora.lora import LoraConfig, Target, match
 from jaxlora.lora.transform import Adapter
 from jaxlora.models.config import ModelConfig
-from jaxlora.models.transformer import Transformer
 from jaxlora.models.parameters import ParamSpec, describe
+from jaxlora.models.transformer import Transformer
 from jaxlora.parallel.mesh import batch_shards, make_mesh
 from jaxlora.parallel.rules import Placement
 

@@ -11,8 +11,8 @@ import jaxlora
 from jaxlora.core.tree import Tree, flatten, unflatten
 from jaxlora.data.tokenizer import load_tokenizer
 from jaxlora.models.config import ModelConfig
-from jaxlora.models.transformer import Transformer
 from jaxlora.models.parameters import describe, init_params
+from jaxlora.models.transformer import Transformer
 
 # init_std 0.5: logits of standard deviation above 1, so that no two of 61 are equal to rounding.
 TINY = ModelConfig(

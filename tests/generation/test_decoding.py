@@ -9,8 +9,8 @@ from jaxlora.core.tree import flatten, replace
 from jaxlora.generation import decoding
 from jaxlora.generation.decoding import bucket, generate, stream
 from jaxlora.generation.sampling import SamplingOptions
-from jaxlora.models.transformer import Transformer, bind
 from jaxlora.models.parameters import describe
+from jaxlora.models.transformer import Transformer, bind
 from jaxlora.ops.quantize import quantize
 
 PROMPTS = [[5, 9, 2, 40, 11, 3, 7], [1], [8, 8, 30, 2, 59, 60, 4, 17, 22, 35, 6, 41]]

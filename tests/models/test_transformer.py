@@ -11,8 +11,8 @@ from jaxlora.core.tree import flatten, replace
 from jaxlora.lora import LoraConfig, apply, init, match
 from jaxlora.models import layers
 from jaxlora.models.config import ModelConfig
-from jaxlora.models.transformer import REMAT_POLICIES, Transformer, bind, empty_cache
 from jaxlora.models.parameters import describe
+from jaxlora.models.transformer import REMAT_POLICIES, Transformer, bind, empty_cache
 from jaxlora.ops.loss import chunked_cross_entropy
 from jaxlora.ops.matmul import materialize
 from jaxlora.ops.quantize import FORMATS, quantize

@@ -11,9 +11,9 @@ import pytest
 
 from jaxlora.core.tree import unflatten
 from jaxlora.models.config import ModelConfig
-from jaxlora.models.transformer import Transformer, bind
 from jaxlora.models.families import read_config
 from jaxlora.models.parameters import describe
+from jaxlora.models.transformer import Transformer, bind
 
 
 @dataclasses.dataclass

@@ -11,9 +11,9 @@ from jaxlora.core.tree import unflatten
 from jaxlora.generation.decoding import generate, stream
 from jaxlora.generation.sampling import SamplingOptions, filtered, penalise
 from jaxlora.generation.text import answer_text
-from jaxlora.models.transformer import Transformer
 from jaxlora.models.families import read_config
 from jaxlora.models.parameters import describe
+from jaxlora.models.transformer import Transformer
 
 torch = pytest.importorskip("torch")
 

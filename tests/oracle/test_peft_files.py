@@ -12,8 +12,8 @@ from jaxlora.checkpoints.load import load_params, read_model_config
 from jaxlora.checkpoints.peft import load_adapter, save_adapter
 from jaxlora.checkpoints.save import save_model
 from jaxlora.lora import LoraConfig, apply, init, match
-from jaxlora.models.transformer import Transformer, bind
 from jaxlora.models.parameters import describe
+from jaxlora.models.transformer import Transformer, bind
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

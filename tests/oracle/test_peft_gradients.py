@@ -7,8 +7,8 @@ import pytest
 
 from jaxlora.core.tree import flatten
 from jaxlora.lora import LoraConfig, apply, count, init, match, merge
-from jaxlora.models.transformer import Transformer, bind
 from jaxlora.models.parameters import describe
+from jaxlora.models.transformer import Transformer, bind
 from jaxlora.ops.loss import chunked_cross_entropy
 
 torch = pytest.importorskip("torch")

@@ -20,8 +20,8 @@ from jaxlora import lora
 from jaxlora.core.tree import flatten, unflatten
 from jaxlora.lora import LoraConfig, match
 from jaxlora.models.config import ModelConfig
-from jaxlora.models.transformer import Transformer
 from jaxlora.models.parameters import describe, init_params
+from jaxlora.models.transformer import Transformer
 from jaxlora.ops.quantize import quantize
 from jaxlora.optim.optimizers import make_optimizer
 from jaxlora.parallel.mesh import make_mesh
