@@ -18,7 +18,7 @@ from jaxlora.generation.model import LanguageModel, load
 from jaxlora.generation.sampling import SamplingOptions
 from jaxlora.generation.scoring import Score
 from jaxlora.inspection import inspect
-from jaxlora.merging import merge
+from jaxlora.merging import MergeDifferences, merge, merge_differences
 from jaxlora.training.evaluation import Evaluation
 from jaxlora.training.evaluation import evaluate as _evaluate
 from jaxlora.training.export import export_checkpoint as export
@@ -30,6 +30,7 @@ __all__ = [
     "Config",
     "Evaluation",
     "LanguageModel",
+    "MergeDifferences",
     "QuantSpec",
     "SamplingOptions",
     "Score",
@@ -43,6 +44,7 @@ __all__ = [
     "load",
     "load_config",
     "merge",
+    "merge_differences",
     "preprocess",
     "train",
     "verify",

@@ -21,6 +21,7 @@ Exit status: 0 done, 1 verification failed, 2 a mistake to mend (one line says w
 _OVERRIDES = """Any key of docs/configuration.md can follow as --key=value:
   jaxlora {name} my.yml --lora_r=32 --datasets.0.path=x.jsonl
 """
+_FORMATS = ("int4", "nf4", "int8")
 _EXAMPLES = {
     "generate": """examples:
   jaxlora generate outputs/quickstart "Facts as YAML: Omar hid two hats on the bridge."
@@ -33,8 +34,11 @@ An adapter that a jaxlora run made is put on the base as that run stored it.
 """,
     "merge": """examples:
   jaxlora merge outputs/quickstart --output merged
-The adapter is added to the base as it is on disk; --quantization int4 adds it to the base as QLoRA
-saw it, so that the merged model answers as the run's own.
+  jaxlora merge outputs/quickstart --output merged --quantization trained
+A QLoRA adapter was trained on a quantized base. It is added to the base as it is on disk, as PEFT
+and Axolotl do; --quantization trained (or a format) adds it to the base as training saw it,
+quantized and back, so that the merged model answers as the run's own. The logit difference that
+either makes is printed.
 """,
     "export": """examples:
   jaxlora export outputs/quickstart/checkpoints/checkpoint-79 --output early-adapter
@@ -106,16 +110,12 @@ def _parser() -> argparse.ArgumentParser:
         ("chat", _chat, "Talk with a model."),
     ):
         _add_sampling(_add_model(add(name, run, text)), prompts=name == "generate")
-    merge = _add_model(add("merge", _merge, "Write base + adapter as one model folder."))
-    merge.add_argument("--output", required=True, help="new folder")
-    merge.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: the base's"
-    )
+    _add_merge(add("merge", _merge, "Write base + adapter as one model folder."))
     export = add("export", _export, "Turn a training checkpoint into a PEFT adapter folder.")
     export.add_argument("checkpoint", help="output folder of a run, or one of its checkpoints")
     export.add_argument("--output", required=True, help="new folder")
     verify = add("verify", _verify, "Compare an adapter's logits with PEFT's (needs torch, peft).")
-    _add_model(verify, quantization=False)
+    _add_model(verify, formats=())
     add("inspect", _inspect, "Show sizes, targets and contents of a folder.").add_argument(
         "path", help="model, adapter, output folder, checkpoint, or hub id"
     )
@@ -123,17 +123,27 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_model(
-    command: argparse.ArgumentParser, *, quantization: bool = True
+    command: argparse.ArgumentParser, *, formats: Sequence[str] = _FORMATS
 ) -> argparse.ArgumentParser:
     command.add_argument("model", help="folder or hub id of a model, or of an adapter")
     command.add_argument("--adapter", help="folder or hub id of an adapter to put on top")
     command.add_argument("--revision", help="branch, tag or commit of a hub model")
-    if quantization:
-        formats = ("int4", "nf4", "int8")
+    if formats:
         command.add_argument(
             "--quantization", choices=formats, help="store the base in 4 or 8 bits"
         )
     return command
+
+
+def _add_merge(command: argparse.ArgumentParser) -> None:
+    _add_model(command, formats=("trained", *_FORMATS))
+    command.add_argument("--output", required=True, help="new folder")
+    command.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: the base's"
+    )
+    command.add_argument(
+        "--no_compare", action="store_true", help="do not measure what merging changes"
+    )
 
 
 def _add_sampling(command: argparse.ArgumentParser, *, prompts: bool) -> None:
@@ -232,15 +242,19 @@ def _chat(options: argparse.Namespace) -> None:
 def _merge(options: argparse.Namespace) -> None:
     from jaxlora import api
 
-    folder = api.merge(
-        options.model,
-        options.adapter,
-        options.output,
-        revision=options.revision,
-        quantization=_quantization(options),
-        dtype=options.dtype,
-    )
+    trained = options.quantization == "trained"
+    shared = {
+        "revision": options.revision,
+        "quantization": "trained" if trained else _quantization(options),
+        "dtype": options.dtype,
+    }
+    folder = api.merge(options.model, options.adapter, options.output, **shared)
     print(f"merged model: {folder}")
+    if options.no_compare:
+        return
+    measured = api.merge_differences(options.model, options.adapter, **shared)
+    if measured is not None:
+        print(measured.table(simulated=options.quantization is not None))
 
 
 def _export(options: argparse.Namespace) -> None:

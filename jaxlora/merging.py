@@ -1,18 +1,75 @@
 """`merge`: base + adapter as one model that anything reading Hugging Face folders can load."""
 
+import dataclasses
+import functools
 from pathlib import Path
+from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlora import lora
 from jaxlora.checkpoints.fingerprint import base_fingerprint
 from jaxlora.checkpoints.load import QuantSpec, load_params, read_model_config
-from jaxlora.checkpoints.peft import load_adapter
+from jaxlora.checkpoints.peft import load_adapter, trained_storage
 from jaxlora.checkpoints.save import save_model
 from jaxlora.checkpoints.tensors import FLOAT_DTYPES, TensorFiles
 from jaxlora.core.errors import UserError
+from jaxlora.core.tree import Tree, flatten, unflatten
 from jaxlora.generation.model import locate
-from jaxlora.models.parameters import describe
+from jaxlora.generation.probe import probe_logits
+from jaxlora.lora import Target
+from jaxlora.lora.transform import Adapter
+from jaxlora.models.config import ModelConfig
+from jaxlora.models.parameters import ParamSpec, describe
+from jaxlora.ops.matmul import materialize
+
+Storage = QuantSpec | Literal["trained"] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitDifference:
+    """Absolute differences between the logits of two models at the same tokens."""
+
+    largest: float
+    mean: float
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeDifferences:
+    """How far a merged model is from the model that was trained: adapter on its quantized base.
+
+    Attributes:
+      storage: how training stored the base.
+      plain: the adapter added to the base as it is on disk.
+      simulated: the adapter added to the base as training saw it, quantized and back.
+      logit_std: standard deviation of the trained model's logits, to read the differences against.
+    """
+
+    storage: QuantSpec
+    plain: LogitDifference
+    simulated: LogitDifference
+    logit_std: float
+
+    def table(self, *, simulated: bool) -> str:
+        """Returns the differences as lines of text; `simulated`: which of the two was written."""
+        rows = (
+            ("added to the base as it is on disk", self.plain, not simulated),
+            ("added to the base as training saw it", self.simulated, simulated),
+        )
+        head = (
+            f"logits beside the adapter's on its {self.storage.format} base (which vary by "
+            f"{self.logit_std:.2f}):"
+        )
+        return "\n".join(
+            [head]
+            + [
+                f"  {name} ({'written' if chosen else 'not written'}): largest difference "
+                f"{difference.largest:.1e}, mean {difference.mean:.1e}"
+                for name, difference, chosen in rows
+            ]
+        )
 
 
 def merge(
@@ -21,7 +78,7 @@ def merge(
     output: str | Path,
     *,
     revision: str | None = None,
-    quantization: QuantSpec | None = None,
+    quantization: Storage = None,
     dtype: str | None = None,
 ) -> Path:
     """Writes ``base + scale * B A`` in Hugging Face's layout and returns the folder.
@@ -33,33 +90,119 @@ def merge(
       adapter: PEFT adapter folder or hub id.
       output: new folder.
       revision: branch, tag or commit of a hub base.
-      quantization: add the adapter to the base as QLoRA saw it (quantized and back); None adds it
-        to the base as it is.
+      quantization: None adds the adapter to the base as it is on disk; ``"trained"`` to the base
+        as QLoRA saw it (quantized and back), which the adapter tells if jaxlora trained it; a
+        `QuantSpec` says how it was quantized.
       dtype: of the files; default the base's own.
 
     Raises:
       UserError: anything missing, damaged or unfitting; an output folder that holds a model.
     """
+    parts = _open(model, adapter, revision)
+    if quantization == "trained":
+        quantization = trained_storage(parts.folder)
+        if quantization is None:
+            raise UserError(
+                f"{parts.folder}: does not say how its base was quantized in training (jaxlora's "
+                "QLoRA adapters do); name the format instead: --quantization nf4, int4 or int8."
+            )
+    own = _stored_dtype(parts.base)
+    params = load_params(
+        parts.base,
+        parts.cfg,
+        dtype=jnp.dtype(own),
+        quantization=quantization,
+        place=lambda path, leaf: leaf,
+    )
+    save_model(
+        lora.apply(params, parts.adapter, parts.targets),
+        parts.cfg,
+        Path(output),
+        source_folder=parts.base,
+        dtype=jnp.dtype(dtype or own),
+    )
+    return Path(output)
+
+
+def merge_differences(
+    model: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    quantization: Storage = None,
+    dtype: str | None = None,
+) -> MergeDifferences | None:
+    """Measures what either way of merging a QLoRA adapter changes; None for one of a plain base.
+
+    Compares logits, computed in float32 at a few random tokens, with those of the adapter on its
+    quantized base. Nothing is written.
+
+    Args:
+      model, adapter, revision, quantization, dtype: as for `merge`; None takes the adapter's word
+        for how its base was quantized.
+
+    Raises:
+      UserError: as `merge`.
+    """
+    parts = _open(model, adapter, revision)
+    storage = quantization if isinstance(quantization, QuantSpec) else None
+    storage = storage or trained_storage(parts.folder)
+    if storage is None:
+        return None
+    own = jnp.dtype(_stored_dtype(parts.base))
+    rounded = jnp.dtype(dtype or own)
+    load = functools.partial(load_params, parts.base, parts.cfg, dtype=own)
+    params = lora.apply(load(quantization=storage), parts.adapter, parts.targets)
+    trained = probe_logits(parts.cfg, params)
+    simulated = probe_logits(parts.cfg, _folded(params, parts.specs, rounded))
+    del params
+    params = lora.apply(load(), parts.adapter, parts.targets)
+    plain = probe_logits(parts.cfg, _folded(params, parts.specs, rounded))
+    return MergeDifferences(
+        storage, _difference(plain, trained), _difference(simulated, trained), float(trained.std())
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    base: Path
+    folder: Path
+    cfg: ModelConfig
+    specs: dict[str, ParamSpec]
+    adapter: Adapter
+    targets: dict[str, Target]
+
+
+def _open(model: str | Path, adapter: str | Path | None, revision: str | None) -> _Parts:
     base, folder = locate(model, adapter, revision)
     if folder is None:
         raise UserError(f"{model}: is no adapter; give one with --adapter.")
     cfg, _ = read_model_config(base)
     specs = describe(cfg)
     arrays, targets, _ = load_adapter(folder, specs, fingerprint=base_fingerprint(base))
-    own = _stored_dtype(base)
-    params = load_params(
-        base, cfg, dtype=jnp.dtype(own), quantization=quantization, place=lambda path, leaf: leaf
-    )
-    save_model(
-        lora.apply(params, arrays, targets),
-        cfg,
-        Path(output),
-        source_folder=base,
-        dtype=jnp.dtype(dtype or own),
-    )
-    return Path(output)
+    return _Parts(base, folder, cfg, specs, arrays, targets)
+
+
+def _folded(params: Tree, specs: dict[str, ParamSpec], dtype: np.dtype) -> Tree:
+    """The plain weights that a merged folder of `dtype` holds."""
+    leaves = flatten(params)
+    return unflatten({path: _fold(leaves[path], spec, dtype) for path, spec in specs.items()})
+
+
+def _fold(leaf: Any, spec: ParamSpec, dtype: np.dtype) -> jax.Array:
+    fold = jax.jit(lambda layer: materialize(layer, dtype))
+    if spec.layers is None:
+        return fold(leaf)
+    # Layer by layer: the float32 sum of a whole stack would be several times the leaf.
+    return jax.jit(lambda layers: jax.lax.map(fold, layers))(leaf)
+
+
+def _difference(one: np.ndarray, other: np.ndarray) -> LogitDifference:
+    distance = np.abs(one - other)
+    return LogitDifference(float(distance.max()), float(distance.mean()))
 
 
 def _stored_dtype(base: Path) -> str:
-    first = next(iter(TensorFiles(base).info.values()))
+    infos = TensorFiles(base).info.values()
+    first = next(info for info in infos if info.dtype in FLOAT_DTYPES)
     return jnp.dtype(FLOAT_DTYPES[first.dtype]).name

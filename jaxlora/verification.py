@@ -15,14 +15,11 @@ from jaxlora.checkpoints.peft import load_adapter
 from jaxlora.checkpoints.peft_config import CONFIG_FILE
 from jaxlora.checkpoints.tensors import TensorFiles
 from jaxlora.core.errors import UserError
-from jaxlora.core.tree import Tree
 from jaxlora.generation.model import locate
-from jaxlora.models.config import ModelConfig
+from jaxlora.generation.probe import probe_logits, probe_tokens
 from jaxlora.models.parameters import describe
-from jaxlora.models.transformer import Transformer, bind
 
 TOLERANCE = 1e-4  # float32 on both sides; a few layers of summation order
-_ROWS, _LENGTH = 2, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +74,9 @@ def verify(
     specs = describe(cfg)
     arrays, targets, _ = load_adapter(folder, specs, fingerprint=base_fingerprint(base))
     params = load_params(base, cfg, dtype=jnp.float32)
-    length = min(_LENGTH, cfg.max_context)
-    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (_ROWS, length))
-    plain = _logits(cfg, params, tokens)
-    adapted = _logits(cfg, lora.apply(params, arrays, targets), tokens)
-    reference, missing, extra = _peft_logits(base, folder, tokens)
+    plain = probe_logits(cfg, params)
+    adapted = probe_logits(cfg, lora.apply(params, arrays, targets))
+    reference, missing, extra = _peft_logits(base, folder, probe_tokens(cfg))
     return Verdict(
         float(np.abs(adapted - reference).max()),
         float(reference.std()),
@@ -89,13 +84,6 @@ def verify(
         missing,
         extra,
     )
-
-
-def _logits(cfg: ModelConfig, params: Tree, tokens: np.ndarray) -> np.ndarray:
-    model = bind(Transformer(cfg), params)
-    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = model(jnp.asarray(tokens), jnp.asarray(positions), jnp.ones_like(tokens))
-    return np.asarray(model.logits(hidden))
 
 
 def _peft_logits(

@@ -244,7 +244,10 @@ def test_merge_then_generate_answers(run, tmp_path, write_tiny_llama, capsys):
     base = write_base(write_tiny_llama, tmp_path / "base")  # the run's base, elsewhere
     merged = str(tmp_path / "merged")
     assert main(["merge", str(base), "--adapter", str(run.folder), "--output", merged]) == 0
-    assert merged in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert merged in printed
+    assert "on disk (written): largest difference" in printed
+    assert "saw it (not written): largest difference" in printed
     assert main(["generate", merged, "red", "--max_new_tokens=4"]) == 0
     assert capsys.readouterr().out.strip()
 

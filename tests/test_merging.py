@@ -1,18 +1,20 @@
 """A merged folder is a model like any other, with the logits of base + adapter."""
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tiny_runs import SIZES, tiny_run
 
 from jaxlora import lora
 from jaxlora.checkpoints.load import QuantSpec, load_params, read_model_config
 from jaxlora.checkpoints.peft import load_adapter
 from jaxlora.core.errors import UserError
-from jaxlora.merging import merge
+from jaxlora.generation.probe import probe_logits
+from jaxlora.merging import merge, merge_differences
 from jaxlora.models.parameters import describe
 from jaxlora.models.transformer import Transformer, bind
 
@@ -26,13 +28,22 @@ def run(tmp_path_factory, write_tiny_llama):
     return tiny_run(tmp_path_factory, write_tiny_llama)
 
 
-def logits(folder, adapter=None, quantization=None):
-    """Logits of a model folder, an adapter applied beside its weights if given."""
+def adapted(folder, adapter=None, quantization=None):
+    """Config and weights of a model folder, an adapter applied beside them if given."""
     cfg, _ = read_model_config(folder)
     params = load_params(folder, cfg, dtype=jnp.float32, quantization=quantization)
     if adapter is not None:
         arrays, targets, _ = load_adapter(adapter, describe(cfg))
         params = lora.apply(params, arrays, targets)
+    return cfg, params
+
+
+def probe(folder, **options):
+    return probe_logits(*adapted(folder, **options))
+
+
+def logits(folder, adapter=None, quantization=None):
+    cfg, params = adapted(folder, adapter, quantization)
     tokens = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (2, 12))
     positions = np.broadcast_to(np.arange(12), tokens.shape)
     model = bind(Transformer(cfg), params)
@@ -58,6 +69,47 @@ def test_quantization_simulates_the_base(run, tmp_path):
     assert distance(logits(plain), logits(simulated)) > 1000 * ROUNDING
     tensors = load_file(simulated / "model.safetensors")
     assert {str(values.dtype) for values in tensors.values()} == {"float32"}
+
+
+def test_trained_is_the_storage_that_the_adapter_records(run, tmp_path):
+    named = merge(run.folder, None, tmp_path / "named", quantization=INT4)
+    recorded = merge(run.folder, None, tmp_path / "recorded", quantization="trained")
+    one, other = (load_file(folder / "model.safetensors") for folder in (named, recorded))
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def without_record(run, folder):
+    """The adapter as PEFT would save it again: the same tensors, no word of ours."""
+    folder.mkdir()
+    shutil.copy(run.folder / "adapter_config.json", folder)
+    save_file(
+        load_file(run.folder / "adapter_model.safetensors"), folder / "adapter_model.safetensors"
+    )
+    return folder
+
+
+def test_trained_storage_that_nobody_recorded_is_refused(run, tmp_path):
+    adapter = without_record(run, tmp_path / "adapter")
+    with pytest.raises(UserError, match="--quantization"):
+        merge(run.base, adapter, tmp_path / "merged", quantization="trained")
+    assert not (tmp_path / "merged").exists()
+    assert merge_differences(run.base, adapter) is None, "nothing to compare with"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_differences_are_those_of_the_written_models(run, tmp_path, dtype):
+    measured = merge_differences(run.folder, dtype=dtype)
+    assert measured.storage.format == INT4.format
+    trained = probe(run.base, adapter=run.folder, quantization=INT4)
+    assert measured.logit_std == pytest.approx(trained.std())
+    for quantization, difference in ((None, measured.plain), (INT4, measured.simulated)):
+        folder = tmp_path / str(quantization)
+        merge(run.folder, None, folder, quantization=quantization, dtype=dtype)
+        distances = np.abs(probe(folder) - trained)
+        # Both round the same sums; only the order of float32 sums in the forward pass may differ.
+        assert difference.largest == pytest.approx(distances.max(), rel=0.1, abs=ROUNDING)
+        assert difference.mean == pytest.approx(distances.mean(), rel=0.1, abs=ROUNDING)
+    assert measured.plain.largest > 10 * measured.simulated.largest
 
 
 def test_base_and_adapter_may_be_named_apart(run, tmp_path):

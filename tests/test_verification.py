@@ -40,8 +40,8 @@ def test_base_and_adapter_may_be_named_apart(run, verdict):
 
 
 def test_logits_that_differ_are_noticed(run, monkeypatch, capsys):
-    computed = verification._logits
-    monkeypatch.setattr(verification, "_logits", lambda *given: computed(*given) + 0.01)
+    computed = verification.probe_logits
+    monkeypatch.setattr(verification, "probe_logits", lambda *given: computed(*given) + 0.01)
     assert not verify(run.folder).ok
     assert main(["verify", str(run.folder)]) == 1
     assert "NOT verified" in capsys.readouterr().out

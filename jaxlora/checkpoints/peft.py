@@ -1,6 +1,7 @@
 """Adapters out to PEFT's folder layout and back, bit for bit."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.checkpoints.atomic import staged
+from jaxlora.checkpoints.load import QuantSpec
 from jaxlora.checkpoints.peft_config import CONFIG_FILE, read_config, write_config
 from jaxlora.checkpoints.tensors import TensorFiles
 from jaxlora.checkpoints.write import write_tensors
@@ -25,7 +27,9 @@ _SUFFIXES = {
     "b": ".lora_B.weight",
     "magnitude": ".lora_magnitude_vector",
 }
+# In the metadata of the safetensors file, which PEFT does not read.
 _FINGERPRINT = "jaxlora_base"
+_STORAGE = "jaxlora_base_storage"
 # Tensors of PEFT features that jaxlora does not have, and their names.
 _UNSUPPORTED = {
     "lora_embedding_": "an adapter on an embedding",
@@ -45,6 +49,7 @@ def save_adapter(
     base_name: str,
     revision: str | None = None,
     fingerprint: str | None = None,
+    storage: QuantSpec | None = None,
 ) -> None:
     """Writes adapter_config.json and adapter_model.safetensors (float32), both whole or not at all.
 
@@ -56,6 +61,7 @@ def save_adapter(
       base_name: folder or hub id of the base model, for readers.
       revision: its revision on the hub.
       fingerprint: `base_fingerprint` of the base; `load_adapter` refuses other bases by it.
+      storage: how the base was quantized in training; `trained_storage` reads it.
 
     Raises:
       UserError: a value is not finite, or the folder cannot be written.
@@ -71,7 +77,11 @@ def save_adapter(
                 f"{key}: has values that are not finite (training diverged); the adapter was not "
                 "written. Lower learning_rate or resume from an earlier checkpoint."
             )
-    metadata = {"format": "pt"} | ({_FINGERPRINT: fingerprint} if fingerprint else {})
+    metadata = {"format": "pt"}
+    if fingerprint:
+        metadata[_FINGERPRINT] = fingerprint
+    if storage is not None:
+        metadata[_STORAGE] = json.dumps(dataclasses.asdict(storage))
     with staged(Path(folder)) as stage:
         write_tensors(
             stage / "adapter_model.safetensors",
@@ -81,6 +91,23 @@ def save_adapter(
             metadata=metadata,
         )
         write_config(stage / CONFIG_FILE, targets, config, base_name=base_name, revision=revision)
+
+
+def trained_storage(folder: Path) -> QuantSpec | None:
+    """Returns how the base was quantized while this adapter was trained; None: not, or not told.
+
+    Raises:
+      UserError: no adapter there, or a record that cannot be read.
+    """
+    files = TensorFiles(Path(folder), "adapter_model")
+    written = files.metadata.get(_STORAGE)
+    try:
+        return None if written is None else QuantSpec(**json.loads(written))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{folder}: {_STORAGE} in the metadata of its safetensors file is {written!r} "
+            f"({error}); export the adapter again."
+        ) from error
 
 
 def _entries(targets: Mapping[str, Target]) -> Iterator[tuple[str, str, int, str]]:

@@ -8,14 +8,12 @@ from typing import Any
 import jax
 
 from jaxlora import lora
-from jaxlora.checkpoints import hub, run_folder
+from jaxlora.checkpoints import hub
 from jaxlora.checkpoints.fingerprint import base_fingerprint
 from jaxlora.checkpoints.json_files import read_json_object
 from jaxlora.checkpoints.load import QuantSpec, load_params, read_model_config
-from jaxlora.checkpoints.peft import load_adapter
+from jaxlora.checkpoints.peft import load_adapter, trained_storage
 from jaxlora.checkpoints.peft_config import CONFIG_FILE
-from jaxlora.config import derived
-from jaxlora.config.load import load_config
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree
 from jaxlora.data.chat import prompt_ids, template_of
@@ -123,8 +121,8 @@ def load(
       model: folder or hub id of a model, or of an adapter that names its base.
       adapter: folder or hub id of a PEFT adapter to put on top.
       revision: branch, tag or commit of a hub model.
-      quantization: how to store the base; None: as the run did in whose output folder the
-        adapter lies, else plain.
+      quantization: how to store the base; None: as it was while the adapter was trained, where
+        the adapter tells (jaxlora's do), else plain.
       dtype: of activations and plain weights; default float32 on a CPU, bfloat16 elsewhere.
 
     Raises:
@@ -135,7 +133,7 @@ def load(
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     made = None
     if adapter_folder is not None and quantization is None:
-        quantization = _trained_on(adapter_folder)
+        quantization = trained_storage(adapter_folder)
     if adapter_folder is not None:  # read first: it is small, and refuses a wrong base early
         made = load_adapter(adapter_folder, describe(cfg), fingerprint=base_fingerprint(base))
     # A run saves the tokenizer beside its adapter, with the chat template it trained with.
@@ -146,15 +144,6 @@ def load(
         params = lora.apply(params, made[0], made[1])
     template = template_of(tokenizer) if tokenizer.chat_template else None
     return LanguageModel(Transformer(cfg, dtype=dtype), params, tokenizer, template, _eos_ids(base))
-
-
-def _trained_on(adapter: Path) -> QuantSpec | None:
-    written = adapter / "config.yml"
-    # Somebody else's config.yml says nothing to us.
-    if not (run_folder.holds_run(adapter) and written.is_file()):
-        return None
-    chosen = derived.quantization(load_config(written))
-    return chosen and QuantSpec(chosen.format, double_quant=chosen.double_quant)
 
 
 def _eos_ids(folder: Path) -> tuple[int, ...]:

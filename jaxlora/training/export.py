@@ -16,7 +16,7 @@ from jaxlora.core.tree import Tree, unflatten
 from jaxlora.data.tokenizer import template_text
 from jaxlora.training.resume import CHECKPOINTS
 from jaxlora.training.setup import Model, open_model
-from jaxlora.training.state import make_tx
+from jaxlora.training.state import make_tx, quant_spec
 
 
 def export_weights(config: Config, model: Model, trainable: Tree, folder: Path) -> None:
@@ -43,6 +43,7 @@ def export_weights(config: Config, model: Model, trainable: Tree, folder: Path) 
         base_name=config.base_model,
         revision=config.revision_of_model,
         fingerprint=model.fingerprint or None,
+        storage=quant_spec(config),
     )
     choice = config.chat_template_jinja or config.chat_template
     if choice is not None:  # who loads the adapter should ask as it was taught

@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny_runs import tiny_run, write_base
 
 from jaxlora.checkpoints.load import QuantSpec
@@ -57,9 +58,14 @@ def test_base_is_quantized_as_the_run_did(run):
     assert formats(load(run.base)) == set()
 
 
-def test_an_adapter_of_no_run_leaves_the_base_plain(run, tmp_path):
-    folder = adapter_alone(run, tmp_path)
-    assert formats(load(folder)) == set()
+def test_an_adapter_keeps_the_record_of_its_base_wherever_it_goes(run, tmp_path):
+    assert formats(load(adapter_alone(run, tmp_path))) == {"int4"}
+
+
+def test_an_adapter_without_a_record_leaves_the_base_plain(run, tmp_path):
+    file = adapter_alone(run, tmp_path) / "adapter_model.safetensors"
+    save_file(load_file(file), file)
+    assert formats(load(tmp_path)) == set()
 
 
 def test_quantization_asked_for_wins(run):
