@@ -21,7 +21,7 @@ from jaxlora.inspection import inspect
 from jaxlora.merging import MergeDifferences, merge, merge_differences
 from jaxlora.training.evaluation import Evaluation
 from jaxlora.training.evaluation import evaluate as _evaluate
-from jaxlora.training.export import export_checkpoint as export
+from jaxlora.training.export import export
 from jaxlora.training.loop import train as _train
 from jaxlora.training.results import TrainResult
 from jaxlora.verification import Verdict, verify

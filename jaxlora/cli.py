@@ -42,6 +42,7 @@ either makes is printed.
 """,
     "export": """examples:
   jaxlora export outputs/quickstart/checkpoints/checkpoint-79 --output early-adapter
+  jaxlora export my-mlx-adapter --base meta-llama/Llama-3.2-1B --output peft-adapter
 """,
     "verify": """examples:
   jaxlora verify outputs/quickstart
@@ -111,8 +112,11 @@ def _parser() -> argparse.ArgumentParser:
     ):
         _add_sampling(_add_model(add(name, run, text)), prompts=name == "generate")
     _add_merge(add("merge", _merge, "Write base + adapter as one model folder."))
-    export = add("export", _export, "Turn a training checkpoint into a PEFT adapter folder.")
-    export.add_argument("checkpoint", help="output folder of a run, or one of its checkpoints")
+    export = add(
+        "export", _export, "Write a PEFT adapter of a checkpoint, or of another's adapter."
+    )
+    export.add_argument("source", help="run, checkpoint, or adapter of PEFT, mlx-lm or torchtune")
+    export.add_argument("--base", help="base model of such an adapter; default: the one it names")
     export.add_argument("--output", required=True, help="new folder")
     verify = add("verify", _verify, "Compare an adapter's logits with PEFT's (needs torch, peft).")
     _add_model(verify, formats=())
@@ -260,8 +264,8 @@ def _merge(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from jaxlora import api
 
-    step = api.export(options.checkpoint, options.output)
-    print(f"step {step} exported: {options.output}")
+    step = api.export(options.source, options.output, base=options.base)
+    print(f"{'adapter' if step is None else f'step {step}'} exported: {options.output}")
 
 
 def _verify(options: argparse.Namespace) -> int:

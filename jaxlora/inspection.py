@@ -2,13 +2,15 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxlora.checkpoints import hub
-from jaxlora.checkpoints.json_files import read_json_object
+from jaxlora.checkpoints.adapter_files import open_adapter
 from jaxlora.checkpoints.load import check_weights, read_model_config
 from jaxlora.checkpoints.peft_config import CONFIG_FILE
 from jaxlora.checkpoints.store import CheckpointStore, locate
+from jaxlora.checkpoints.tensor_view import Tensors
 from jaxlora.checkpoints.tensors import TensorFiles
 from jaxlora.core.errors import UserError
 from jaxlora.models.config import ModelConfig
@@ -101,7 +103,7 @@ def _lora_size(specs: dict[str, ParamSpec], rank: int) -> int:
     )
 
 
-def _tensors(files: TensorFiles) -> str:
+def _tensors(files: Tensors) -> str:
     dtypes = Counter(info.dtype for info in files.info.values())
     counted = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
     shards = {info.file for info in files.info.values()}
@@ -110,20 +112,26 @@ def _tensors(files: TensorFiles) -> str:
 
 
 def _adapter(folder: Path) -> Rows:
-    config = read_json_object(folder / CONFIG_FILE, "expected an adapter folder")
-    files = TensorFiles(folder, "adapter_model")
-    trained = sum(info.size for info in files.info.values())
-    kind = "DoRA" if config.get("use_dora") else "LoRA"
-    scale = "alpha / sqrt(r)" if config.get("use_rslora") else "alpha / r"
-    targets = config.get("target_modules")
+    opened = open_adapter(folder)
+    config, infos = opened.config, opened.tensors.info
+    kind = "DoRA" if config.use_dora else "LoRA"
+    targets = config.target_modules
     return [
-        ("adapter", f"{folder} ({kind}, r {config.get('r')}, alpha {config.get('lora_alpha')})"),
-        ("scale", scale),
-        ("base", str(config.get("base_model_name_or_path"))),
-        ("targets", targets if isinstance(targets, str) else ", ".join(sorted(targets or []))),
-        ("trained parameters", f"{trained:,}"),
-        ("tensors", _tensors(files)),
+        (
+            "adapter",
+            f"{folder} ({opened.made_by}'s layout: {kind}, r {config.r}, alpha {config.alpha:g})",
+        ),
+        ("scale", "alpha / sqrt(r)" if config.use_rslora else "alpha / r"),
+        ("base", str(opened.base_name)),
+        ("targets", targets if isinstance(targets, str) else _names(targets)),
+        ("trained parameters", f"{sum(info.size for info in infos.values()):,}"),
+        ("tensors", _tensors(opened.tensors)),
     ]
+
+
+def _names(targets: Sequence[str]) -> str:
+    """Module names; whole paths, of which there are many, by their last part."""
+    return ", ".join(sorted({target.rpartition(".")[2] for target in targets}))
 
 
 def _checkpoint(store: CheckpointStore, step: int) -> Rows:

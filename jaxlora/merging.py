@@ -179,7 +179,9 @@ def _open(model: str | Path, adapter: str | Path | None, revision: str | None) -
         raise UserError(f"{model}: is no adapter; give one with --adapter.")
     cfg, _ = read_model_config(base)
     specs = describe(cfg)
-    arrays, targets, _ = load_adapter(folder, specs, fingerprint=base_fingerprint(base))
+    arrays, targets, _ = load_adapter(
+        folder, specs, fingerprint=base_fingerprint(base), head_dim=cfg.head_dim
+    )
     return _Parts(base, folder, cfg, specs, arrays, targets)
 
 

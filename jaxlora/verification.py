@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora import lora
+from jaxlora.checkpoints.adapter_files import open_adapter
 from jaxlora.checkpoints.fingerprint import base_fingerprint
 from jaxlora.checkpoints.json_files import read_json_object
 from jaxlora.checkpoints.load import load_params, read_model_config
@@ -70,9 +71,17 @@ def verify(
     base, folder = locate(model, adapter, revision)
     if folder is None:
         raise UserError(f"{model}: is no adapter; give one with --adapter.")
+    layout = open_adapter(folder).made_by
+    if layout != "PEFT":
+        raise UserError(
+            f"{folder}: is in {layout}'s layout, which PEFT does not read; write it in PEFT's with "
+            "jaxlora export first."
+        )
     cfg, _ = read_model_config(base)
     specs = describe(cfg)
-    arrays, targets, _ = load_adapter(folder, specs, fingerprint=base_fingerprint(base))
+    arrays, targets, _ = load_adapter(
+        folder, specs, fingerprint=base_fingerprint(base), head_dim=cfg.head_dim
+    )
     params = load_params(base, cfg, dtype=jnp.float32)
     plain = probe_logits(cfg, params)
     adapted = probe_logits(cfg, lora.apply(params, arrays, targets))

@@ -3,9 +3,12 @@
 import filecmp
 import io
 import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file, save_file
 from tiny_runs import tiny_run, write_base
 
 from jaxlora.cli import main
@@ -238,6 +241,54 @@ def test_evaluate_scores_the_adapter_of_the_output_folder(run, capsys):
     records = map(json.loads, (run.folder / "metrics.jsonl").read_text().splitlines())
     recorded = [record["eval_loss"] for record in records if "eval_loss" in record]
     assert f"{recorded[-1]:.4f}" in own
+
+
+def write_mlx_adapter(run, folder):
+    """The run's adapter as mlx-lm would have saved it."""
+    folder.mkdir()
+    tensors = {}
+    for name, values in load_file(run.folder / "adapter_model.safetensors").items():
+        name = name.removeprefix("base_model.model.").removesuffix(".weight")
+        tensors[name.replace("lora_A", "lora_a").replace("lora_B", "lora_b")] = values.T.copy()
+    save_file(tensors, folder / "adapters.safetensors")
+    options = {"rank": run.keys["lora_r"], "dropout": 0.0}
+    options["scale"] = run.keys["lora_alpha"] / run.keys["lora_r"]
+    content = {"model": str(run.base), "num_layers": -1, "lora_parameters": options}
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+def test_an_mlx_adapter_is_inspected_used_and_exported(run, tmp_path, capsys):
+    mlx, exported = write_mlx_adapter(run, tmp_path / "mlx"), tmp_path / "exported"
+    assert main(["inspect", mlx]) == 0
+    assert "MLX's layout" in capsys.readouterr().out
+    prompt = ["red cat", "--max_new_tokens=8", "--quantization=int4"]
+    assert main(["generate", mlx, *prompt]) == 0
+    answer = capsys.readouterr().out
+    assert main(["generate", str(run.folder), *prompt]) == 0
+    assert capsys.readouterr().out == answer
+    assert main(["verify", mlx]) == 2
+    assert_one_line(capsys, "jaxlora export")
+    assert main(["export", mlx, "--output", str(exported)]) == 0
+    assert f"adapter exported: {exported}" in capsys.readouterr().out
+    ours, theirs = (load_file(f / "adapter_model.safetensors") for f in (exported, run.folder))
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    content = json.loads((exported / "adapter_config.json").read_text())
+    assert content["base_model_name_or_path"] == str(run.base)
+    assert content["lora_alpha"] == run.keys["lora_alpha"]
+
+
+def test_an_adapter_that_names_no_base_asks_for_it(run, tmp_path, capsys):
+    mlx = Path(write_mlx_adapter(run, tmp_path / "mlx"))
+    content = json.loads((mlx / "adapter_config.json").read_text())
+    content.pop("model")
+    (mlx / "adapter_config.json").write_text(json.dumps(content))
+    exported = str(tmp_path / "exported")
+    assert main(["export", str(mlx), "--output", exported]) == 2
+    assert_one_line(capsys, "--base")
+    assert not Path(exported).exists()
+    assert main(["export", str(mlx), "--base", str(run.base), "--output", exported]) == 0
 
 
 def test_merge_then_generate_answers(run, tmp_path, write_tiny_llama, capsys):

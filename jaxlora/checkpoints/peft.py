@@ -10,10 +10,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlora.checkpoints.adapter_files import open_adapter
 from jaxlora.checkpoints.atomic import staged
 from jaxlora.checkpoints.load import QuantSpec
-from jaxlora.checkpoints.peft_config import CONFIG_FILE, read_config, write_config
-from jaxlora.checkpoints.tensors import TensorFiles
+from jaxlora.checkpoints.peft_config import CONFIG_FILE, write_config
+from jaxlora.checkpoints.tensor_view import Tensors
 from jaxlora.checkpoints.write import write_tensors
 from jaxlora.core.errors import UserError
 from jaxlora.lora.config import LoraConfig
@@ -99,8 +100,7 @@ def trained_storage(folder: Path) -> QuantSpec | None:
     Raises:
       UserError: no adapter there, or a record that cannot be read.
     """
-    files = TensorFiles(Path(folder), "adapter_model")
-    written = files.metadata.get(_STORAGE)
+    written = open_adapter(Path(folder)).tensors.metadata.get(_STORAGE)
     try:
         return None if written is None else QuantSpec(**json.loads(written))
     except (ValueError, TypeError) as error:
@@ -130,22 +130,27 @@ def _peft_tensor(leaf: np.ndarray, target: Target, layer: int, part: str) -> np.
 
 
 def load_adapter(
-    folder: Path, specs: Mapping[str, ParamSpec], *, fingerprint: str | None = None
+    folder: Path,
+    specs: Mapping[str, ParamSpec],
+    *,
+    fingerprint: str | None = None,
+    head_dim: int | None = None,
 ) -> tuple[Adapter, dict[str, Target], LoraConfig]:
-    """Returns ``(adapter, targets, config)`` of a PEFT adapter folder, ours or PEFT's own.
+    """Returns ``(adapter, targets, config)`` of an adapter made by PEFT, us, mlx-lm or torchtune.
 
     Args:
-      folder: holds adapter_config.json and adapter_model.safetensors.
+      folder: holds adapter_config.json and the weights.
       specs: `jaxlora.models.parameters.describe` of the base model.
       fingerprint: `base_fingerprint` of the base. An adapter that records another one is refused;
         adapters from elsewhere record none.
+      head_dim: size of the base's attention heads; torchtune's own layout needs it.
 
     Raises:
       UserError: missing, extra or misshapen tensors, another base, an unsupported feature.
     """
     folder = Path(folder)
-    config = read_config(folder / CONFIG_FILE)
-    files = TensorFiles(folder, "adapter_model")
+    opened = open_adapter(folder, specs=specs, head_dim=head_dim)
+    config, files = opened.config, opened.tensors
     recorded = files.metadata.get(_FINGERPRINT)
     if fingerprint and recorded and recorded != fingerprint:
         raise UserError(
@@ -153,7 +158,7 @@ def load_adapter(
             "the base named in its adapter_config.json (base_model_name_or_path)."
         )
     targets = _match(folder, files, specs, config)
-    _check(files, specs, targets)
+    _check(opened.file, files, specs, targets)
     adapter = {}
     for path, part, layer, key in _entries(targets):
         target = targets[path]
@@ -171,7 +176,7 @@ def load_adapter(
 
 
 def _match(
-    folder: Path, files: TensorFiles, specs: Mapping[str, ParamSpec], config: LoraConfig
+    folder: Path, files: Tensors, specs: Mapping[str, ParamSpec], config: LoraConfig
 ) -> dict[str, Target]:
     kinds = ("linear",) if config.target_modules == ALL_LINEAR else ("linear", "head")
     modules = {path: spec.modules() for path, spec in specs.items() if spec.kind in kinds}
@@ -226,14 +231,13 @@ def _zeros(spec: ParamSpec, target: Target) -> dict[str, np.ndarray]:
 
 
 def _check(
-    files: TensorFiles, specs: Mapping[str, ParamSpec], targets: Mapping[str, Target]
+    where: Path, files: Tensors, specs: Mapping[str, ParamSpec], targets: Mapping[str, Target]
 ) -> None:
     """Compares names and shapes before anything is read; PEFT itself would only warn."""
     expected = {}
     for path, part, layer, key in _entries(targets):
         (in_dim, out_dim), rank = specs[path].shape, targets[path].ranks[layer]
         expected[key] = {"a": (rank, in_dim), "b": (out_dim, rank), "magnitude": (out_dim,)}[part]
-    where = files.folder / "adapter_model.safetensors"
     extra = [key for key in files.info if key not in expected]
     if extra:
         named = [text for sign, text in _UNSUPPORTED.items() if sign in extra[0]]

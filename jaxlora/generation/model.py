@@ -9,6 +9,7 @@ import jax
 
 from jaxlora import lora
 from jaxlora.checkpoints import hub
+from jaxlora.checkpoints.adapter_files import base_name
 from jaxlora.checkpoints.fingerprint import base_fingerprint
 from jaxlora.checkpoints.json_files import read_json_object
 from jaxlora.checkpoints.load import QuantSpec, load_params, read_model_config
@@ -99,7 +100,7 @@ def locate(
     if not (folder / CONFIG_FILE).is_file():
         return folder, None
     written = read_json_object(folder / CONFIG_FILE, "expected an adapter folder")
-    base = written.get("base_model_name_or_path")
+    base = base_name(written)
     if not base:
         raise UserError(
             f"{folder}: its {CONFIG_FILE} names no base model; give base and --adapter."
@@ -135,7 +136,9 @@ def load(
     if adapter_folder is not None and quantization is None:
         quantization = trained_storage(adapter_folder)
     if adapter_folder is not None:  # read first: it is small, and refuses a wrong base early
-        made = load_adapter(adapter_folder, describe(cfg), fingerprint=base_fingerprint(base))
+        made = load_adapter(
+            adapter_folder, describe(cfg), fingerprint=base_fingerprint(base), head_dim=cfg.head_dim
+        )
     # A run saves the tokenizer beside its adapter, with the chat template it trained with.
     beside = adapter_folder or base
     tokenizer = load_tokenizer(beside if (beside / "tokenizer.json").is_file() else base)

@@ -6,7 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora import lora
-from jaxlora.checkpoints.peft import save_adapter
+from jaxlora.checkpoints import hub, run_folder
+from jaxlora.checkpoints.adapter_files import open_adapter
+from jaxlora.checkpoints.load import read_model_config
+from jaxlora.checkpoints.peft import load_adapter, save_adapter
+from jaxlora.checkpoints.peft_config import CONFIG_FILE
 from jaxlora.checkpoints.save import save_model
 from jaxlora.checkpoints.store import CheckpointStore, locate
 from jaxlora.config.load import load_config
@@ -14,6 +18,7 @@ from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree, unflatten
 from jaxlora.data.tokenizer import template_text
+from jaxlora.models.parameters import describe
 from jaxlora.training.resume import CHECKPOINTS
 from jaxlora.training.setup import Model, open_model
 from jaxlora.training.state import make_tx, quant_spec
@@ -51,19 +56,44 @@ def export_weights(config: Config, model: Model, trainable: Tree, folder: Path) 
     model.tokenizer.save_pretrained(str(folder))
 
 
-def export_checkpoint(source: str | Path, output: str | Path) -> int:
-    """Turns a training checkpoint into a PEFT adapter (or model) folder; returns its step.
+def export(source: str | Path, output: str | Path, *, base: str | Path | None = None) -> int | None:
+    """Writes a PEFT adapter (or model) folder; returns the step of the checkpoint it came from.
 
     Args:
-      source: a run's output folder (newest good checkpoint), or one of its checkpoints.
+      source: a run's output folder (newest good checkpoint), one of its checkpoints, or an adapter
+        made elsewhere (PEFT, mlx-lm, torchtune), which has no step.
       output: folder to write.
+      base: folder or hub id of such an adapter's base model; default: the one it names.
 
     Raises:
-      UserError: no checkpoint there, a damaged one, or an output folder that holds something.
+      UserError: nothing of the kind there, damaged files, an output folder that holds something.
     """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: is not an empty folder; choose a new one for the export.")
+    folder = Path(source)
+    if _is_made_elsewhere(folder) or not folder.exists():
+        _export_adapter(hub.resolve(source), output, base)
+        return None
+    return _export_checkpoint(source, output)
+
+
+def _is_made_elsewhere(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).is_file() and not run_folder.holds_run(folder)
+
+
+def _export_adapter(folder: Path, output: Path, base: str | Path | None) -> None:
+    opened = open_adapter(folder)
+    name = base or opened.base_name
+    if not name:
+        raise UserError(f"{folder}: its {CONFIG_FILE} names no base model; give it with --base.")
+    # Its config.json says what the adapter must fit; its weights are not needed.
+    cfg, _ = read_model_config(hub.resolve(name))
+    adapter, targets, config = load_adapter(folder, describe(cfg), head_dim=cfg.head_dim)
+    save_adapter(output, adapter, targets, config, base_name=str(name))
+
+
+def _export_checkpoint(source: str | Path, output: Path) -> int:
     store_folder, step = locate(source)
     if step is None and (store_folder / CHECKPOINTS).is_dir():
         store_folder = store_folder / CHECKPOINTS

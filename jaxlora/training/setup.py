@@ -87,7 +87,9 @@ def open_model(config: Config) -> Model:
     adapter = None
     if lora is not None and config.lora_model_dir:
         start = hub.resolve(config.lora_model_dir)
-        adapter, targets, lora = load_adapter(start, specs, fingerprint=fingerprint or None)
+        adapter, targets, lora = load_adapter(
+            start, specs, fingerprint=fingerprint or None, head_dim=cfg.head_dim
+        )
         targets = _with_dropout(targets, config.lora_dropout)
     elif lora is not None:
         modules = {path: spec.modules() for path, spec in specs.items() if spec.kind == "linear"}
