@@ -97,7 +97,7 @@ def _linear_modules(specs: dict[str, ParamSpec]) -> list[str]:
 
 def _lora_size(specs: dict[str, ParamSpec], rank: int) -> int:
     return sum(
-        rank * sum(spec.shape) * (spec.layers or 1)
+        rank * sum(spec.shape) * len(spec.modules())
         for spec in specs.values()
         if spec.kind == "linear"
     )

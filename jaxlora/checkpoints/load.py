@@ -15,13 +15,15 @@ from jaxlora.checkpoints.tensors import FLOAT_DTYPES, TensorFiles
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree, unflatten
 from jaxlora.models.config import ModelConfig
-from jaxlora.models.families import read_config
-from jaxlora.models.parameters import ParamSpec, describe
+from jaxlora.models.families import FAMILIES
+from jaxlora.models.families.read import read_config
+from jaxlora.models.parameters import ParamSpec, describe, head_tensor
 from jaxlora.ops.quantize import quantize
 
-# Buffers that old transformers versions saved; they follow from config.json.
-_INERT = ("rotary_emb.inv_freq", "self_attn.masked_bias")
-_HEAD = "lm_head.weight"
+# The kinds of parameter that `quantization` is for.
+_QUANTIZED = ("linear", "experts")
+# Where in a leaf each group of tensors goes; see `ParamSpec.sources`.
+Sources = dict[tuple[int, ...], tuple[str, ...]]
 _COMPARED_ROWS = 4096
 _TILE = 128
 
@@ -96,19 +98,17 @@ def load_params(
     """
     files = TensorFiles(folder)
     specs = describe(cfg)
-    names = {path: spec.hf_names() for path, spec in specs.items()}
-    _check(files, specs, names, cfg)
+    sources = _check(files, specs, cfg)
     total, done = sum(spec.size for spec in specs.values()), 0
     leaves = {}
     for path, spec in specs.items():
         leaf = None
-        for layer, name in enumerate(names[path]):
-            part = _read(files, name, spec, jnp.dtype(dtype), quantization)
+        for at, names in sources[path].items():
+            part = _read(files, names, spec, jnp.dtype(dtype), quantization)
             if leaf is None:
-                leaf = _empty(part, spec, jnp.dtype(dtype))
-            at = ... if spec.layers is None else (layer, ...)
-            jax.tree.map(lambda whole, piece, at=at: _copy(whole[at], piece), leaf, part)
-            done += spec.size // len(names[path])
+                leaf = _empty(part, spec.full_shape[: len(at)], jnp.dtype(dtype))
+            jax.tree.map(lambda whole, piece, at=(*at, ...): _copy(whole[at], piece), leaf, part)
+            done += spec.size // len(sources[path])
             if progress is not None:
                 progress(done, total)
         leaves[path] = place(path, leaf)
@@ -121,29 +121,39 @@ def check_weights(folder: Path, cfg: ModelConfig) -> None:
     Raises:
       UserError: missing, leftover or misshapen tensors, damaged files.
     """
-    specs = describe(cfg)
-    names = {path: spec.hf_names() for path, spec in specs.items()}
-    _check(TensorFiles(folder), specs, names, cfg)
+    _check(TensorFiles(folder), describe(cfg), cfg)
 
 
 def _read(
-    files: TensorFiles, name: str, spec: ParamSpec, dtype: np.dtype, quantization: QuantSpec | None
+    files: TensorFiles,
+    names: tuple[str, ...],
+    spec: ParamSpec,
+    dtype: np.dtype,
+    quantization: QuantSpec | None,
 ) -> Any:
-    """One layer's matrix ``[in, out]``, quantized if it is to be, else in the dtype of the file."""
-    tensor = files.read(name)
-    matrix = tensor.T if spec.transposed else tensor
-    if quantization is None or spec.kind != "linear":
+    """One matrix ``[in, out]``, quantized if it is to be, else in the dtype of the file."""
+    tensors = [files.read(name) for name in names]
+    if spec.transposed:
+        tensors = [np.swapaxes(tensor, -1, -2) for tensor in tensors]
+    matrix = tensors[0] if len(tensors) == 1 else np.concatenate(tensors, axis=-1)
+    if quantization is None or spec.kind not in _QUANTIZED:
         return matrix
     options = dataclasses.asdict(quantization)
     try:
-        return quantize(matrix, options.pop("format"), **options, dtype=dtype.name)
+        return _quantized(matrix, options.pop("format"), dtype=dtype.name, **options)
     except UserError as error:
-        raise UserError(f"{files.info[name].file}: {name}: {error}") from error
+        raise UserError(f"{files.info[names[0]].file}: {names[0]}: {error}") from error
 
 
-def _empty(part: Any, spec: ParamSpec, dtype: np.dtype) -> Any:
-    """Host buffers for a whole leaf of which `part` is one layer."""
-    lead = () if spec.layers is None else (spec.layers,)
+def _quantized(matrix: np.ndarray, format: str, **options: Any) -> Any:
+    if matrix.ndim == 2:
+        return quantize(matrix, format, **options)
+    each = [_quantized(expert, format, **options) for expert in matrix]
+    return jax.tree.map(lambda *parts: np.stack(parts), *each)
+
+
+def _empty(part: Any, lead: tuple[int, ...], dtype: np.dtype) -> Any:
+    """Host buffers for a whole leaf of which `part` is one of ``[*lead]``."""
     if isinstance(part, np.ndarray):
         return np.empty(lead + part.shape, dtype)
     return jax.tree.map(lambda x: np.empty(lead + x.shape, x.dtype), part)
@@ -164,26 +174,58 @@ def _copy(target: np.ndarray, source: np.ndarray) -> None:
 
 
 def _check(
-    files: TensorFiles,
-    specs: Mapping[str, ParamSpec],
-    names: dict[str, list[str]],
-    cfg: ModelConfig,
-) -> None:
-    """Compares names, shapes and dtypes with the model, and settles tied heads, before reading."""
-    if cfg.tie_embedding and _HEAD in files.info:
-        _settle_tied_head(files, names, specs["embed/embedding"].hf_name)
+    files: TensorFiles, specs: Mapping[str, ParamSpec], cfg: ModelConfig
+) -> dict[str, Sources]:
+    """Compares names, shapes and dtypes with the model before anything is read.
+
+    Returns:
+      where every leaf comes from: as its spec says, but for a tied head and a left-out prefix.
+    """
+    sources = {path: spec.sources() for path, spec in specs.items()}
+    head, tied = head_tensor(cfg), []
+    prefix = FAMILIES[cfg.family].prefix
+    if not any(name.startswith(prefix) for name in files.info):
+        sources = {path: _without(prefix, each) for path, each in sources.items()}
+    if cfg.tie_embedding and head in files.info:
+        tied = [head]
+        _settle_tied_head(files, sources, head)
     expected = {
-        name: (spec.shape[::-1] if spec.transposed else spec.shape)
-        for path, spec in specs.items()
-        for name in names[path]
+        name: specs[path].tensor_shape
+        for path, each in sources.items()
+        for names in each.values()
+        for name in names
     }
+    _check_missing(files, list(expected), head)
+    _check_shapes(files, expected)
+    inert = FAMILIES[cfg.family].buffers
+    leftover = [
+        name
+        for name in files.info
+        if name not in expected and name not in tied and not name.endswith(inert)
+    ]
+    if leftover:
+        raise UserError(
+            f"{files.info[leftover[0]].file}: {_listed(leftover)} has no place in the model that "
+            "config.json describes; use the config.json that belongs to these weights."
+        )
+    return sources
+
+
+def _without(prefix: str, sources: Sources) -> Sources:
+    return {at: tuple(name.removeprefix(prefix) for name in names) for at, names in sources.items()}
+
+
+def _check_missing(files: TensorFiles, expected: list[str], head: str) -> None:
     missing = [name for name in expected if name not in files.info]
     if missing:
-        hint = "" if missing != [_HEAD] else " (tie_word_embeddings: true, if it shares them)"
+        hint = "" if missing != [head] else " (tie_word_embeddings: true, if it shares them)"
         raise UserError(
             f"{files.folder}: config.json asks for {_listed(missing)}, which no safetensors file "
             f"there holds; use the config.json that belongs to these weights{hint}."
         )
+
+
+def _check_shapes(files: TensorFiles, expected: Mapping[str, tuple[int, ...]]) -> None:
     for name, shape in expected.items():
         info = files.info[name]
         if info.shape != shape:
@@ -196,35 +238,25 @@ def _check(
                 f"{info.file}: {name} has dtype {info.dtype}; expected {', '.join(FLOAT_DTYPES)}; "
                 "use the repository of the unquantized model."
             )
-    tied = {_HEAD} if cfg.tie_embedding else set()
-    leftover = [
-        name
-        for name in files.info
-        if name not in expected and name not in tied and not name.endswith(_INERT)
-    ]
-    if leftover:
-        raise UserError(
-            f"{files.info[leftover[0]].file}: {_listed(leftover)} has no place in the model that "
-            "config.json describes; use the config.json that belongs to these weights."
-        )
 
 
-def _settle_tied_head(files: TensorFiles, names: dict[str, list[str]], embedding: str) -> None:
+def _settle_tied_head(files: TensorFiles, sources: dict[str, Sources], head: str) -> None:
     """A tied model may be stored as the embedding, as the head, or as both, which must agree."""
+    ((embedding,),) = sources["embed/embedding"].values()
     if embedding not in files.info:
-        names["embed/embedding"] = [_HEAD]
+        sources["embed/embedding"] = {(): (head,)}
         return
-    head, table = files.info[_HEAD], files.info[embedding]
-    same = head.shape == table.shape and all(
-        np.array_equal(files.read(_HEAD, rows), files.read(embedding, rows))
+    first, second = files.info[head], files.info[embedding]
+    same = first.shape == second.shape and all(
+        np.array_equal(files.read(head, rows), files.read(embedding, rows))
         for rows in (
             slice(start, start + _COMPARED_ROWS)
-            for start in range(0, head.shape[0], _COMPARED_ROWS)
+            for start in range(0, first.shape[0], _COMPARED_ROWS)
         )
     )
     if not same:
         raise UserError(
-            f"{head.file}: {_HEAD} differs from {embedding}, though config.json ties them; set "
+            f"{first.file}: {head} differs from {embedding}, though config.json ties them; set "
             "tie_word_embeddings: false there."
         )
 

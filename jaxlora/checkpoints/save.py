@@ -1,5 +1,6 @@
 """A model out as a Hugging Face folder that transformers loads, one tensor at a time."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -67,10 +68,7 @@ def save_model(
     if old and not overwrite:
         raise UserError(f"{folder}: already holds a model ({old[0]}); choose a new folder.")
     tensors = _tensors(flatten(params), describe(cfg))
-    shapes = {
-        name: spec.shape[::-1] if spec.transposed else spec.shape
-        for name, (spec, _, _) in tensors.items()
-    }
+    shapes = {name: tensor.spec.tensor_shape for name, tensor in tensors.items()}
     with staged(folder) as stage:
         _write_config(stage, source_folder, config, dtype)
         shards = list(_shards(shapes, dtype.itemsize, max_shard_bytes))
@@ -89,30 +87,40 @@ def _model_files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("model*.safetensors*"))
 
 
-def _tensors(
-    leaves: Mapping[str, Any], specs: Mapping[str, ParamSpec]
-) -> dict[str, tuple[ParamSpec, Any, int | None]]:
-    """``{tensor name: (spec, leaf, layer)}`` in the order of the file."""
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """One tensor of the file: share `share` along the last axis of ``leaf[at]``."""
+
+    spec: ParamSpec
+    leaf: Any
+    at: tuple[int, ...]
+    share: int
+
+
+def _tensors(leaves: Mapping[str, Any], specs: Mapping[str, ParamSpec]) -> dict[str, _Tensor]:
+    """``{tensor name: what goes there}`` in the order of the file."""
     assert leaves.keys() == specs.keys(), leaves.keys() ^ specs.keys()
     return {
-        name: (spec, leaves[path], None if spec.layers is None else layer)
+        name: _Tensor(spec, leaves[path], at, share)
         for path, spec in specs.items()
-        for layer, name in enumerate(spec.hf_names())
+        for at, names in spec.sources().items()
+        for share, name in enumerate(names)
     }
 
 
-def _value(tensors: Mapping[str, tuple], dtype: np.dtype, name: str) -> np.ndarray:
+def _value(tensors: Mapping[str, _Tensor], dtype: np.dtype, name: str) -> np.ndarray:
     """The host values of one tensor, laid out as Hugging Face stores it."""
-    spec, leaf, layer = tensors[name]
-    if layer is not None:
-        leaf = jax.tree.map(lambda x: x[layer], leaf)
-    matrix = np.asarray(_materialize(leaf, dtype))
+    tensor = tensors[name]
+    part = jax.tree.map(lambda x: x[tensor.at], tensor.leaf)
+    matrix = np.asarray(_materialize(part, dtype))
     if not np.isfinite(matrix).all():
         raise UserError(
             f"{name}: has values that are not finite in {dtype.name} (diverged training, or out "
             "of range); nothing was written."
         )
-    return matrix.T if spec.transposed else matrix
+    shares = len(tensor.spec.hf_names)
+    matrix = np.split(matrix, shares, axis=-1)[tensor.share] if shares > 1 else matrix
+    return np.swapaxes(matrix, -1, -2) if tensor.spec.transposed else matrix
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -7,14 +7,48 @@ from jaxlora.ops.rope import RopeScaling
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape and options of a decoder-only transformer; `jaxlora.models.families` reads it from HF.
+    """Shape and options of a transformer; `jaxlora.models.families` reads it from HF.
+
+    Every default is LLaMA's, so that a family is the few fields in which it differs.
 
     Attributes:
       num_kv_heads: key-value heads K; ``num_heads / K`` query heads share each (GQA).
       head_dim: channels per head; need not be ``embed_dim / num_heads``.
       max_context: positions the model was trained for.
+      family: key of `jaxlora.models.families.FAMILIES`: where the parameter names come from.
+      tie_embedding: whether the head is the embedding.
+      head_bias: whether the head has a bias.
+      embed_scale: multiplies the embedded tokens.
+      logit_scale: multiplies the logits.
+      logit_softcap: logits are bent into ``(-logit_softcap, logit_softcap)`` by a tanh.
+      learned_positions: rows of a learned position table, 0 for none.
+      rotary_dim: channels of a head that rotary positions turn, 0 for none, None for all.
+      rope_interleaved: whether the turned pairs are ``(2i, 2i + 1)``.
+      nope_layers: layers without rotary positions.
       sliding_window: a query sees at most this many latest tokens; None sees all.
-      attention_bias, mlp_bias: whether those projections have a bias.
+      sliding_layers: layers with the window; None for all.
+      local_rope_theta: rotary base (without scaling) of the layers with a window, None for the
+        same as in the others.
+      causal: whether a token sees only earlier ones.
+      qkv_layout: ``separate`` projections, one ``concatenated`` (all queries, all keys, all
+        values), or one ``grouped`` by key-value head (its queries, its key, its value).
+      qkv_bias, output_bias: whether those projections have a bias.
+      qk_norm: norm of queries and keys before they are turned: over each ``head`` (one weight for
+        all), over each head with a weight for ``each_head``, or over all heads (``full``).
+      attention_scale: what scores are multiplied by, None for ``head_dim ** -0.5``.
+      attention_softcap: as `logit_softcap`, for the scores.
+      norm: ``rms`` or ``layer`` (mean subtracted).
+      norm_bias: whether norms (but not those of queries and keys: `qk_norm_bias`) have a bias.
+      norm_offset: added to the weight of a norm.
+      norms: where a layer has norms: before (``in``) and after (``out``) attention and MLP.
+      parallel_block: attention and MLP both read the layer's input; without an ``mlp_in`` norm the
+        MLP shares attention's.
+      residual_scale: multiplies what attention and MLP add to the stream.
+      activation: key of `jaxlora.ops.activations.ACTIVATIONS`.
+      mlp_gated: ``down(act(gate(x)) * up(x))``, else ``down(act(up(x)))``.
+      mlp_fused: gate and up are one projection.
+      conv1d: whether Hugging Face stores the matrices of the layers ``[in, out]`` (GPT-2).
+      renamed: ``(our module, Hugging Face's)`` pairs that overrule the family's table of names.
       init_std: standard deviation of fresh weights (training from scratch only).
     """
 
@@ -27,10 +61,39 @@ class ModelConfig:
     head_dim: int
     max_context: int
     norm_eps: float
-    rope_theta: float
-    rope_scaling: RopeScaling | None = None
-    sliding_window: int | None = None
+    rope_theta: float = 10000.0
+    family: str = "LlamaForCausalLM"
     tie_embedding: bool = False
-    attention_bias: bool = False
+    head_bias: bool = False
+    embed_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    learned_positions: int = 0
+    rope_scaling: RopeScaling | None = None
+    rotary_dim: int | None = None
+    rope_interleaved: bool = False
+    nope_layers: tuple[int, ...] = ()
+    sliding_window: int | None = None
+    sliding_layers: tuple[int, ...] | None = None
+    local_rope_theta: float | None = None
+    causal: bool = True
+    qkv_layout: str = "separate"
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: str | None = None
+    qk_norm_bias: bool = False
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    norm: str = "rms"
+    norm_bias: bool = False
+    norm_offset: float = 0.0
+    norms: tuple[str, ...] = ("attention_in", "mlp_in")
+    parallel_block: bool = False
+    residual_scale: float = 1.0
+    activation: str = "silu"
+    mlp_gated: bool = True
+    mlp_fused: bool = False
     mlp_bias: bool = False
+    conv1d: bool = False
+    renamed: tuple[tuple[str, str], ...] = ()
     init_std: float = 0.02

@@ -1,4 +1,4 @@
-"""The transformer: embed, scan over stacked layers, norm, head."""
+"""The transformer: embed, scan over stacks of layers, norm, head."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -11,12 +11,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxlora.core import axes
+from jaxlora.models.block import Block
 from jaxlora.models.config import ModelConfig
-from jaxlora.models.layers import Block, Linear, RMSNorm
+from jaxlora.models.layers import LayerCache, Linear, Norm
 from jaxlora.models.parameters import ParamSpec, declare
-from jaxlora.ops.attention import attention_mask
+from jaxlora.models.stacks import AttentionInputs, Stack, make_stacks
 from jaxlora.ops.matmul import embed, unembed
-from jaxlora.ops.rope import rope_angles, rope_frequencies
 
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 
@@ -41,10 +41,12 @@ class Cache:
 
     Every row writes at the same `index`; shorter prompts are padded on the left and their padding
     has segment 0, so nothing attends to it.
+
+    Attributes:
+      layers: keys and values ``[L, B, S, K, H]`` of every stack.
     """
 
-    keys: Float[Array, "L B S K H"]
-    values: Float[Array, "L B S K H"]
+    layers: dict[str, LayerCache]
     positions: Int[Array, "B S"]
     segments: Int[Array, "B S"]
     index: Int[Array, ""]
@@ -52,13 +54,21 @@ class Cache:
 
 def empty_cache(cfg: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> Cache:
     """Returns a cache with room for `length` tokens in each of `batch` rows."""
-    shape = (cfg.num_layers, batch, length, cfg.num_kv_heads, cfg.head_dim)
+
+    def zeros(layers: int) -> Array:
+        return jnp.zeros((layers, batch, length, cfg.num_kv_heads, cfg.head_dim), dtype)
+
+    layers = {
+        name: (zeros(len(numbers)), zeros(len(numbers)))
+        for stack in make_stacks(cfg)
+        for name, numbers in zip(stack.names, stack.layers, strict=True)
+    }
     slots = jnp.zeros((batch, length), jnp.int32)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), slots, slots, jnp.int32(0))
+    return Cache(layers, slots, slots, jnp.int32(0))
 
 
 class Transformer(nnx.Module):
-    """A LLaMA-shaped transformer. Build it from a config, then `bind` it to a parameter tree.
+    """A transformer. Build it from a config, then `bind` it to a parameter tree.
 
     Args:
       cfg: shape and options.
@@ -76,21 +86,24 @@ class Transformer(nnx.Module):
         constrain: Constrain = lambda x, axes: x,
     ):
         self.cfg, self.dtype, self.remat, self.constrain = cfg, jnp.dtype(dtype), remat, constrain
-        table = ParamSpec(
-            (cfg.vocab_size, cfg.embed_dim),
-            (axes.VOCAB, axes.EMBED),
-            cfg.init_std,
-            "model.embed_tokens.weight",
-            kind="embedding",
+        self.embed = _table(cfg.vocab_size, axes.VOCAB, cfg)
+        self.embed_positions = (
+            _table(cfg.learned_positions, axes.POSITIONS, cfg) if cfg.learned_positions else None
         )
-        self.embed = nnx.Dict(embedding=declare(table))
-        self.layers = Block("model.layers.{layer}", cfg)
-        self.norm = RMSNorm(cfg.embed_dim, "model.norm", cfg)
-        head_axes = (axes.EMBED, axes.VOCAB)
+        for stack in make_stacks(cfg):
+            for name, shape in zip(stack.names, stack.shapes, strict=True):
+                setattr(self, name, Block(cfg, shape))
+        self.norm = Norm((cfg.embed_dim,), cfg, bias=cfg.norm_bias)
         self.lm_head = (
             None
             if cfg.tie_embedding
-            else Linear((cfg.embed_dim, cfg.vocab_size), head_axes, "lm_head", cfg, kind="head")
+            else Linear(
+                (cfg.embed_dim, cfg.vocab_size),
+                (axes.EMBED, axes.VOCAB),
+                cfg,
+                bias=cfg.head_bias,
+                kind="head",
+            )
         )
 
     def __call__(
@@ -108,40 +121,72 @@ class Transformer(nnx.Module):
           segments: sequence number of each token in its row, 0 for padding.
           cache: keys and values of earlier tokens; None attends within `tokens` only.
         """
-        cfg = self.cfg
-        x = embed(tokens, self.embed["embedding"].get_value()).astype(self.dtype)
-        x = self.constrain(x, (axes.BATCH, axes.SEQUENCE, None))
-        frequencies = rope_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
-        angles = rope_angles(positions, frequencies)
+        x = self._embedded(tokens, positions)
         if cache is not None:
             cache = _note_tokens(cache, positions, segments)
         seen = (positions, segments) if cache is None else (cache.positions, cache.segments)
-        mask = attention_mask(positions, seen[0], segments, seen[1], cfg.sliding_window)
-        graphdef, stacked = nnx.split(self.layers)
+        inputs = AttentionInputs(self.cfg, positions, segments, *seen)
+        caches: dict[str, Any] = {}
+        for stack in make_stacks(self.cfg):
+            x, stack_caches = self._run(stack, x, inputs, cache)
+            caches |= stack_caches
+        if cache is not None:
+            index = cache.index + tokens.shape[1]
+            cache = dataclasses.replace(cache, layers=caches, index=index)
+        return self.norm(x), cache
 
-        def layer(x, inputs):
-            weights, layer_cache = inputs
-            block = nnx.merge(graphdef, weights)
-            index = None if cache is None else cache.index
+    def _embedded(self, tokens, positions) -> Float[Array, "B T D"]:
+        x = embed(tokens, self.embed["embedding"].get_value()).astype(self.dtype)
+        if self.cfg.embed_scale != 1.0:
+            x = x * jnp.asarray(self.cfg.embed_scale, self.dtype)
+        if self.embed_positions is not None:
+            table = self.embed_positions["embedding"].get_value()
+            x = x + embed(positions, table).astype(self.dtype)
+        return self.constrain(x, (axes.BATCH, axes.SEQUENCE, None))
+
+    def _run(self, stack: Stack, x, inputs: AttentionInputs, cache: Cache | None):
+        """Scans over a stack: `x` after its layers, and ``{name: cache}`` of each of them."""
+        index = None if cache is None else cache.index
+        split = [nnx.split(getattr(self, name)) for name in stack.names]
+
+        def layer(number, x, weights, kind, layer_cache):
+            block = nnx.merge(split[number][0], weights)
+            mask, angles = inputs.of(kind)
             x, layer_cache = block(x, angles, mask, layer_cache, index)
             return self.constrain(x, (axes.BATCH, axes.SEQUENCE, None)), layer_cache
 
         if self.remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        layer_caches = None if cache is None else (cache.keys, cache.values)
-        x, layer_caches = jax.lax.scan(layer, x, (stacked, layer_caches))
-        if cache is not None:
-            assert layer_caches is not None
-            keys, values = layer_caches
-            index = cache.index + tokens.shape[1]
-            cache = dataclasses.replace(cache, keys=keys, values=values, index=index)
-        return self.norm(x), cache
+            policy = REMAT_POLICIES[self.remat]
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False, static_argnums=0)
+
+        def period(x, scanned):
+            layer_caches = []
+            for number, (weights, kind, layer_cache) in enumerate(scanned):
+                x, layer_cache = layer(number, x, weights, kind, layer_cache)
+                layer_caches.append(layer_cache)
+            return x, layer_caches
+
+        scanned = [
+            (weights, inputs.numbers(numbers), None if cache is None else cache.layers[name])
+            for name, numbers, (_, weights) in zip(stack.names, stack.layers, split, strict=True)
+        ]
+        x, layer_caches = jax.lax.scan(period, x, scanned)
+        return x, dict(zip(stack.names, layer_caches, strict=True))
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Returns float32 next-token logits."""
         if self.lm_head is None:
-            return unembed(hidden, self.embed["embedding"].get_value())
-        return self.lm_head(hidden, out_dtype=jnp.float32)
+            y = unembed(hidden, self.embed["embedding"].get_value())
+        else:
+            y = self.lm_head(hidden, out_dtype=jnp.float32)
+        y = y * self.cfg.logit_scale
+        cap = self.cfg.logit_softcap
+        return y if cap is None else cap * jnp.tanh(y / cap)
+
+
+def _table(rows: int, row_axis: str, cfg: ModelConfig) -> nnx.Dict:
+    spec = ParamSpec((rows, cfg.embed_dim), (row_axis, axes.EMBED), cfg.init_std, kind="embedding")
+    return nnx.Dict(embedding=declare(spec))
 
 
 def _note_tokens(cache: Cache, positions, segments) -> Cache:

@@ -195,7 +195,7 @@ def test_untied_model_without_head_hints_at_tying(broken):
         ("{", "config.json: not valid JSON"),
         ("[]", "config.json: expected a JSON object, found list"),
         ('{"quantization_config": {"quant_method": "gptq"}}', "already quantized \\(gptq\\)"),
-        ('{"architectures": ["GPT2LMHeadModel"]}', "/config.json: architecture GPT2LMHeadModel"),
+        ('{"architectures": ["MambaForCausalLM"]}', "/config.json: architecture MambaForCausalLM"),
         ('{"architectures": ["LlamaForCausalLM"], "hidden_size": "x"}', "wrong kind"),
     ],
 )

@@ -19,15 +19,15 @@ CFG = ModelConfig(
     norm_eps=1e-5,
     rope_theta=1e4,
 )
-BIASED = ModelConfig(**{**vars(CFG), "attention_bias": True, "mlp_bias": True})
+BIASED = ModelConfig(**{**vars(CFG), "qkv_bias": True, "output_bias": True, "mlp_bias": True})
 TIED = ModelConfig(**{**vars(CFG), "tie_embedding": True})
 
 
 def test_paths_and_shapes_are_the_documented_ones():
     assert {path: spec.full_shape for path, spec in describe(CFG).items()} == {
         "embed/embedding": (31, 12),
-        "layers/input_norm/scale": (3, 12),
-        "layers/post_attention_norm/scale": (3, 12),
+        "layers/attention_in_norm/scale": (3, 12),
+        "layers/mlp_in_norm/scale": (3, 12),
         "layers/attention/q_proj/kernel": (3, 12, 24),
         "layers/attention/k_proj/kernel": (3, 12, 12),
         "layers/attention/v_proj/kernel": (3, 12, 12),
@@ -60,7 +60,7 @@ def test_names_and_shapes_are_those_of_transformers(cfg):
         num_attention_heads=cfg.num_heads,
         num_key_value_heads=cfg.num_kv_heads,
         head_dim=cfg.head_dim,
-        attention_bias=cfg.attention_bias,
+        attention_bias=cfg.qkv_bias,
         mlp_bias=cfg.mlp_bias,
         tie_word_embeddings=cfg.tie_embedding,
     )
@@ -68,9 +68,10 @@ def test_names_and_shapes_are_those_of_transformers(cfg):
         model = transformers.LlamaForCausalLM(hf_config)
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     described = {
-        name: spec.shape[::-1] if spec.transposed else spec.shape
+        name: spec.tensor_shape
         for spec in describe(cfg).values()
-        for name in spec.hf_names()
+        for names in spec.sources().values()
+        for name in names
     }
     assert described == wanted
 
@@ -86,7 +87,7 @@ def test_kinds_say_what_may_be_quantized_and_adapted():
         kinds.setdefault(spec.kind, set()).add(path.split("/")[-2])
     assert kinds == {
         "embedding": {"embed"},
-        "norm": {"input_norm", "post_attention_norm", "norm"},
+        "norm": {"attention_in_norm", "mlp_in_norm", "norm"},
         "head": {"lm_head"},
         "linear": {
             *("q_proj", "k_proj", "v_proj", "o_proj"),

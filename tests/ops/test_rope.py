@@ -8,7 +8,7 @@ LLAMA3 = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
 
 
 def rotated(x, positions, theta=1e4, scaling=None):
-    angles = rope_angles(positions, rope_frequencies(x.shape[-1], theta, scaling))
+    angles = rope_angles(positions, x.shape[-1], theta, scaling)
     return rotate(x, angles)
 
 
@@ -61,7 +61,7 @@ def test_position_zero_changes_nothing_and_norms_are_kept():
 @pytest.mark.parametrize("position", [257, 4095])
 def test_angles_of_bfloat16_models_are_computed_in_float32(position):
     # bfloat16 cannot tell 257 from 256.
-    cos, sin = rope_angles(jnp.array([[position]]), rope_frequencies(4, 1e4, None))
+    cos, sin = rope_angles(jnp.array([[position]]), 4, 1e4)
     assert cos.dtype == sin.dtype == jnp.float32
     np.testing.assert_allclose(sin[0, 0, 0, 0], np.sin(position), atol=1e-4)
     x = jnp.ones((1, 1, 1, 4), jnp.bfloat16)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlora.core.tree import unflatten
+from jaxlora.checkpoints.load import load_params, read_model_config
 from jaxlora.models.config import ModelConfig
-from jaxlora.models.families import read_config
-from jaxlora.models.parameters import describe
+from jaxlora.models.families.read import read_config
 from jaxlora.models.transformer import Transformer, bind
 
 
@@ -51,36 +52,44 @@ def scale_weights(model, seed: int) -> None:
 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 2:
+            if parameter.ndim >= 2 and "norm" not in name:
                 parameter.copy_(noise * 1.3 / parameter.shape[1] ** 0.5)
             else:  # norms keep their mean of 1, biases theirs of 0
                 parameter.copy_(parameter.mean() + 0.2 * noise)
 
 
-def convert(model, cfg: ModelConfig) -> dict:
-    """Returns our parameter tree with the weights of a transformers model."""
-    tensors = model.state_dict()
-    leaves = {}
-    for path, spec in describe(cfg).items():
-        arrays = [tensors[name].numpy() for name in spec.hf_names()]
-        arrays = [array.T if spec.transposed else array for array in arrays]
-        leaves[path] = jnp.asarray(np.stack(arrays) if spec.layers else arrays[0])
-        assert leaves[path].shape == spec.full_shape, path
-    return unflatten(leaves)
+def convert(model, folder: Path) -> tuple[ModelConfig, dict]:
+    """Returns our config and parameter tree of a transformers model, by way of its own files."""
+    model.save_pretrained(folder)
+    cfg, _ = read_model_config(folder)
+    return cfg, load_params(folder, cfg, dtype=jnp.float32)
 
 
 def build_pair(family: str, seed: int = 0, config_json: dict | None = None, **fields) -> Pair:
+    """`config_json` replaces the config.json that transformers writes."""
+    pair = build_case(f"{family}ForCausalLM", f"{family}Config", fields, seed)
+    return dataclasses.replace(pair, cfg=read_config(config_json)) if config_json else pair
+
+
+def build_case(family: str, config: str, fields: dict, seed: int = 0) -> Pair:
+    """Builds transformers' class `family` and loads what it saves."""
     import transformers
 
-    hf_config = getattr(transformers, f"{family}Config")(**fields)
+    hf_config = getattr(transformers, config)(**fields)
     hf_config._attn_implementation = "eager"
-    model = getattr(transformers, f"{family}ForCausalLM")(hf_config).eval().float()
+    model = getattr(transformers, family)(hf_config).eval().float()
     scale_weights(model, seed)
-    written = hf_config.to_dict() | {"architectures": [type(model).__name__]}
-    cfg = read_config(config_json or written)
-    return Pair(model, cfg, convert(model, cfg))
+    with tempfile.TemporaryDirectory() as folder:
+        cfg, params = convert(model, Path(folder))
+    return Pair(model, cfg, params)
+
+
+@pytest.fixture(scope="session")
+def make_case():
+    """``make_case(case, seed) -> Pair``, see `family_cases.Case`."""
+    return lambda case, seed=0: build_case(case.family, case.config, case.fields, seed)
 
 
 @pytest.fixture(scope="session")

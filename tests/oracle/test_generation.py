@@ -1,18 +1,15 @@
 """Greedy decoding and sampling filters against transformers, token for token."""
 
-import json
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlora.core.tree import unflatten
+from jaxlora.checkpoints.load import load_params, read_model_config
 from jaxlora.generation.decoding import generate, stream
 from jaxlora.generation.sampling import SamplingOptions, filtered, penalise
 from jaxlora.generation.text import answer_text
-from jaxlora.models.families import read_config
-from jaxlora.models.parameters import describe
 from jaxlora.models.transformer import Transformer
 
 torch = pytest.importorskip("torch")
@@ -93,16 +90,12 @@ def test_tinystories_goes_on_as_in_transformers():
 
     model = AutoModelForCausalLM.from_pretrained(TINYSTORIES, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(TINYSTORIES)
-    cfg = read_config(json.loads((TINYSTORIES / "config.json").read_text(encoding="utf-8")))
-    tensors, leaves = model.state_dict(), {}
-    for path, spec in describe(cfg).items():
-        arrays = [tensors[name].numpy() for name in spec.hf_names()]
-        arrays = [array.T if spec.transposed else array for array in arrays]
-        leaves[path] = jnp.asarray(np.stack(arrays) if spec.layers else arrays[0])
+    cfg, _ = read_model_config(TINYSTORIES)
+    params = load_params(TINYSTORIES, cfg, dtype=jnp.float32)
     texts = ["Once upon a time", "The dog ran to the big tree and", "Tom"]
     prompts = [tokenizer(text).input_ids for text in texts]
     options = SamplingOptions(max_new_tokens=COUNT)
-    answers = generate(Transformer(cfg), unflatten(leaves), prompts, options)
+    answers = generate(Transformer(cfg), params, prompts, options)
     assert answers == greedy_by_transformers(model, prompts)
     assert answer_text(tokenizer, prompts[0], answers[0]).startswith(
         ", a little girl named Lily lived in a small house with her mom, dad, and her dog"

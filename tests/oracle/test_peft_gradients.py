@@ -157,6 +157,6 @@ def test_merged_weights_and_count_equal_peft(make_pair, variant):
     tensors = both.peft.merge_and_unload().state_dict()
     for path in both.targets:
         spec = describe(both.cfg)[path]
-        for layer, name in enumerate(spec.hf_names()):
+        for (layer,), (name,) in spec.sources().items():
             # One float32 rounding of values of size 1.
             np.testing.assert_allclose(merged[path][layer], tensors[name].numpy().T, atol=2e-6)

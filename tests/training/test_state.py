@@ -24,7 +24,8 @@ CFG = ModelConfig(
     max_context=8,
     norm_eps=1e-5,
     rope_theta=1e4,
-    attention_bias=True,
+    qkv_bias=True,
+    output_bias=True,
 )
 SPECS = describe(CFG)
 

@@ -1,0 +1,41 @@
+"""One layer: attention and MLP with their norms around the residual stream."""
+
+from flax import nnx
+
+from jaxlora.models.config import ModelConfig
+from jaxlora.models.layers import Attention, Mlp, Norm
+from jaxlora.models.stacks import LayerShape
+
+
+class Block(nnx.Module):
+    """Attention, then MLP (or both at once), each between the norms of `ModelConfig.norms`."""
+
+    def __init__(self, cfg: ModelConfig, shape: LayerShape):
+        self.cfg = cfg
+
+        def norm(place: str) -> Norm | None:
+            asked = place in cfg.norms
+            return Norm((cfg.embed_dim,), cfg, bias=cfg.norm_bias) if asked else None
+
+        self.attention_in_norm, self.attention_out_norm = (
+            norm("attention_in"),
+            norm("attention_out"),
+        )
+        self.mlp_in_norm, self.mlp_out_norm = norm("mlp_in"), norm("mlp_out")
+        self.attention = Attention(cfg)
+        self.mlp = Mlp(cfg)
+
+    def __call__(self, x, angles, mask, cache, index):
+        scale, into = self.cfg.residual_scale, _through(self.attention_in_norm, x)
+        y, cache = self.attention(into, angles, mask, cache, index)
+        y = _through(self.attention_out_norm, y) * scale
+        if self.cfg.parallel_block:
+            z = self.mlp(into if self.mlp_in_norm is None else self.mlp_in_norm(x))
+            return x + y + _through(self.mlp_out_norm, z) * scale, cache
+        x = x + y
+        z = self.mlp(_through(self.mlp_in_norm, x))
+        return x + _through(self.mlp_out_norm, z) * scale, cache
+
+
+def _through(norm: Norm | None, x):
+    return x if norm is None else norm(x)

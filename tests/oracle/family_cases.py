@@ -1,0 +1,211 @@
+"""Tiny configurations of every supported family, with odd sizes, for the comparison with
+transformers. A family has as many cases as its config has switches that change the arithmetic."""
+
+import dataclasses
+from typing import Any
+
+_TINY = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_NO_GQA = {name: value for name, value in _TINY.items() if name != "num_key_value_heads"}
+_FALCON = {name: value for name, value in _NO_GQA.items() if name != "intermediate_size"}
+_WIDE_HEADS = {**_TINY, "head_dim": 10}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [1.0, 3.0, 5.0],
+    "original_max_position_embeddings": 16,
+}
+_SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One configuration.
+
+    Attributes:
+      family: key of `jaxlora.models.families.FAMILIES`, which is transformers' class.
+      config: transformers' config class.
+      fields: its arguments.
+    """
+
+    family: str
+    config: str
+    fields: dict[str, Any]
+
+
+def _case(family: str, config: str = "", /, **fields: Any) -> Case:
+    config = config or family.replace("ForCausalLM", "Config")
+    return Case(family, config, fields)
+
+
+CASES: dict[str, Case] = {
+    "llama 1": _case("LlamaForCausalLM", **{**_TINY, "num_key_value_heads": 4}),
+    "llama 2, gqa": _case("LlamaForCausalLM", **_TINY),
+    "llama 3.1": _case(
+        "LlamaForCausalLM",
+        **_WIDE_HEADS,
+        tie_word_embeddings=True,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 5e5,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "llama, biases, linear": _case(
+        "LlamaForCausalLM",
+        **{**_TINY, "num_key_value_heads": 1},
+        attention_bias=True,
+        mlp_bias=True,
+        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+    ),
+    "llama, yarn": _case(
+        "LlamaForCausalLM",
+        **_TINY,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ),
+    "llama, dynamic": _case(
+        "LlamaForCausalLM",
+        **{**_TINY, "max_position_embeddings": 16},
+        rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+    ),
+    "mistral 0.1": _case("MistralForCausalLM", **_TINY, sliding_window=7),
+    "mistral nemo": _case("MistralForCausalLM", **_WIDE_HEADS, sliding_window=None),
+    "qwen2": _case("Qwen2ForCausalLM", **_TINY),
+    "qwen2, window": _case(
+        "Qwen2ForCausalLM",
+        **_TINY,
+        use_sliding_window=True,
+        sliding_window=5,
+        max_window_layers=1,
+        tie_word_embeddings=True,
+    ),
+    "qwen3": _case("Qwen3ForCausalLM", **_WIDE_HEADS),
+    "qwen3, biases": _case("Qwen3ForCausalLM", **_WIDE_HEADS, attention_bias=True),
+    "smollm3": _case("SmolLM3ForCausalLM", **_TINY, no_rope_layer_interval=2),
+    "smollm3, window": _case(
+        "SmolLM3ForCausalLM",
+        **_TINY,
+        no_rope_layers=[1, 0, 0],
+        use_sliding_window=True,
+        sliding_window=5,
+    ),
+    "granite": _case(
+        "GraniteForCausalLM",
+        **_TINY,
+        embedding_multiplier=3.0,
+        logits_scaling=2.0,
+        residual_multiplier=0.6,
+        attention_multiplier=0.3,
+    ),
+    "olmo 2": _case("Olmo2ForCausalLM", **_TINY),
+    "phi-3": _case("Phi3ForCausalLM", **_TINY),
+    "phi-3.5, longrope": _case(
+        "Phi3ForCausalLM",
+        **_TINY,
+        original_max_position_embeddings=16,
+        rope_parameters={**_LONGROPE, "rope_theta": 1e4, "attention_factor": 1.1},
+        sliding_window=9,
+    ),
+    "phi-4-mini": _case(
+        "Phi3ForCausalLM",
+        **{**_TINY, "hidden_size": 32},
+        tie_word_embeddings=True,
+        partial_rotary_factor=0.75,
+        original_max_position_embeddings=16,
+        rope_parameters={**_LONGROPE, "rope_theta": 1e4, "partial_rotary_factor": 0.75},
+    ),
+    "glm": _case("GlmForCausalLM", **{**_TINY, "head_dim": 12}),
+    "glm-4": _case("Glm4ForCausalLM", **{**_TINY, "head_dim": 12}, attention_bias=False),
+    "gemma": _case("GemmaForCausalLM", **_WIDE_HEADS),
+    "gemma 2": _case(
+        "Gemma2ForCausalLM", **_WIDE_HEADS, sliding_window=5, query_pre_attn_scalar=17
+    ),
+    "gemma 3": _case(
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        **{**_WIDE_HEADS, "num_hidden_layers": 4},
+        sliding_window=5,
+        query_pre_attn_scalar=17,
+        layer_types=[*_SLIDING, "sliding_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    "phi-2": _case("PhiForCausalLM", **{**_TINY, "hidden_size": 32}),
+    "phi, qk norm": _case("PhiForCausalLM", **{**_TINY, "hidden_size": 32}, qk_layernorm=True),
+    "stablelm": _case("StableLmForCausalLM", **{**_TINY, "hidden_size": 32}),
+    "stablelm 2": _case(
+        "StableLmForCausalLM",
+        **{**_TINY, "hidden_size": 32},
+        use_qkv_bias=True,
+        qk_layernorm=True,
+        use_parallel_residual=True,
+    ),
+    "starcoder2": _case("Starcoder2ForCausalLM", **_TINY, sliding_window=6),
+    "starcoder2, no bias": _case("Starcoder2ForCausalLM", **_TINY, use_bias=False),
+    "command-r": _case("CohereForCausalLM", **_TINY, logit_scale=0.7),
+    "command-r+": _case(
+        "CohereForCausalLM", **_TINY, logit_scale=0.9, use_qk_norm=True, attention_bias=True
+    ),
+    "pythia": _case(
+        "GPTNeoXForCausalLM",
+        **{**_NO_GQA, "hidden_size": 32},
+        rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.25},
+    ),
+    "gpt-neox, sequential": _case(
+        "GPTNeoXForCausalLM",
+        **{**_NO_GQA, "hidden_size": 32},
+        use_parallel_residual=False,
+        attention_bias=False,
+        rope_parameters={"rope_theta": 2e4, "partial_rotary_factor": 0.5},
+    ),
+    "gpt-2": _case(
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        vocab_size=61,
+        n_positions=64,
+        n_embd=24,
+        n_layer=3,
+        n_head=4,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
+    "falcon 7b": _case("FalconForCausalLM", **_FALCON),
+    "falcon 40b": _case(
+        "FalconForCausalLM",
+        **_FALCON,
+        new_decoder_architecture=True,
+        num_kv_heads=2,
+        tie_word_embeddings=False,
+    ),
+    "falcon 2 11b": _case(
+        "FalconForCausalLM",
+        **_FALCON,
+        new_decoder_architecture=True,
+        num_kv_heads=2,
+        num_ln_in_parallel_attn=1,
+        bias=True,
+    ),
+    "falcon, sequential": _case(
+        "FalconForCausalLM", **_FALCON, multi_query=False, parallel_attn=False, bias=True
+    ),
+}
