@@ -103,6 +103,18 @@ class TensorFiles:
                 f"{info.file}: {name} has dtype {info.dtype}; expected "
                 f"{', '.join(FLOAT_DTYPES)}; use the repository of the unquantized model."
             )
+        return self._read(name, rows)
+
+    def read_raw(self, name: str) -> np.ndarray:
+        """Returns a tensor of any dtype that numpy has, as quantized weights are stored in.
+
+        Raises:
+          UserError: the file has been damaged since it was opened.
+        """
+        return self._read(name, None)
+
+    def _read(self, name: str, rows: slice | None) -> np.ndarray:
+        info = self.info[name]
         try:
             # Opened anew each time: an open file would keep every page ever read mapped.
             with safe_open(info.file, framework="np") as opened:

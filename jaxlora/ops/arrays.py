@@ -8,11 +8,15 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8, UInt32
+from jaxtyping import Array, Float, Int, Num, UInt8, UInt32
 
 # Frozen storage is numpy on the host until the loader has placed it on the devices.
 Stored = Array | np.ndarray
+
+# Formats whose values are indices into a table of 16 numbers, stored [out, in / 2].
+CODED = frozenset({"nf4", "fp4", "mxfp4"})
 
 
 @jax.tree_util.register_dataclass
@@ -20,12 +24,14 @@ Stored = Array | np.ndarray
 class DoubleQuantized:
     """Block scales that are themselves quantized (QLoRA, Dettmers et al. 2023, section 3).
 
-    ``scale = map[codes] * absmax[block of 256] + offset`` with bitsandbytes' signed dynamic map.
+    ``scale = map[codes] * absmax[block of 256] + offset`` with bitsandbytes' signed dynamic map;
+    `map` is None where it is the one of `jaxlora.ops.nf4`, bit for bit.
     """
 
     codes: UInt8[Stored, "*blocks"]
     absmax: Float[Stored, "*lead nested_blocks"]
     offset: Float[Stored, "*lead"]
+    map: Float[Stored, "*lead 256"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -34,15 +40,21 @@ class QuantizedArray:
     """A matrix ``[..., in, out]`` stored in 4 or 8 bits; `jaxlora.ops.quantize` makes and reads it.
 
     Attributes:
-      values: int4 and int8: ``[..., in, out]`` signed integers. nf4: ``[..., out, in / 2]`` uint8,
-        two codes a byte, first element in the high nibble (bitsandbytes' bytes in its order).
-      scales: int4: ``[..., in / group, out]``. int8: ``[..., 1, out]``.
-        nf4: ``[..., out, in / 64]`` when 64 divides ``in``, else one scale per 64
+      values: int4 and int8: ``[..., in, out]`` signed integers. The rest: ``[..., out, in / 2]``
+        uint8, two codes a byte, first element in the high nibble (bitsandbytes' bytes in order).
+      scales: int4: ``[..., in / group, out]``. int8: the same, or ``[..., 1, out]``.
+        The rest: ``[..., out, in / block]`` when the block divides ``in``, else one scale per 64
         elements of the flattened matrix.
-      format: ``"int4"``, ``"nf4"`` or ``"int8"``.
-      dtype: name of the dtype it stands for, e.g. ``"bfloat16"``.
+      format: ``"int4"``, ``"int8"``, or one of `CODED`, which name a table in `nf4.TABLES`.
+      dtype: name of the dtype it stands for, e.g. ``"bfloat16"``: however it is read, its numbers
+        are ones of that dtype.
       gathered: sharding of values and scales just before they are dequantized, so that the
         all-gather of a sharded base moves packed bits; None leaves it to the compiler.
+      zeros: int4 and int8: ``[..., in / group, out]`` integers that stand for zero; None for 0.
+      groups: int4 and int8: ``[..., in]`` group of each input (GPTQ's ``g_idx``); None where the
+        groups are runs of inputs.
+      packed: int4 on the way to a device: values are ``[..., in / 2, out]`` uint8, the even input
+        in the low nibble, because numpy spends a byte on an int4.
     """
 
     values: Any
@@ -50,18 +62,36 @@ class QuantizedArray:
     format: str = dataclasses.field(metadata={"static": True})
     dtype: str = dataclasses.field(metadata={"static": True})
     gathered: Any = dataclasses.field(default=None, metadata={"static": True})
+    zeros: Int[Stored, "..."] | None = None
+    groups: Int[Stored, "..."] | None = None
+    packed: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Logical shape ``[..., in, out]``."""
-        if self.format == "nf4":
-            *lead, out_dim, half = self.values.shape
-            return (*lead, 2 * half, out_dim)
-        return tuple(self.values.shape)
+        *lead, rows, columns = self.values.shape
+        if self.format in CODED:
+            return (*lead, 2 * columns, rows)
+        return (*lead, 2 * rows if self.packed else rows, columns)
 
     @property
     def ndim(self) -> int:
         return len(self.shape)
+
+
+def take_rows(table: Num[Array, "..."], index: Int[Array, "*lead M"]) -> Num[Array, "..."]:
+    """Returns ``table[index]``, ``[*lead, N, ...] -> [*lead, M, ...]``, within each leading index.
+
+    >>> take_rows(jnp.arange(6.0).reshape(2, 3), jnp.array([[2, 0], [1, 1]])).tolist()
+    [[2.0, 0.0], [4.0, 4.0]]
+    """
+
+    def take(rows, at):
+        return jnp.take(rows, at, axis=0)
+
+    for _ in range(index.ndim - 1):
+        take = jax.vmap(take)
+    return take(table, index)
 
 
 @jax.tree_util.register_dataclass

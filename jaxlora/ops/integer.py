@@ -1,10 +1,14 @@
-"""Integer formats without a zero point: int4 per group of inputs, int8 per output channel."""
+"""Integer formats: int4 per group of inputs, int8 per output channel.
+
+What we make has no zero point; what GPTQ, AWQ and their kin made may have one for each group.
+"""
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from jaxlora.core.errors import UserError
+from jaxlora.ops.arrays import take_rows
 from jaxlora.ops.chunks import for_each, split
 
 # Fractions of a group's largest magnitude tried as its range. On normal data 8 of them come within
@@ -107,10 +111,54 @@ def quantize_int8(
 
 
 def dequantize(
-    values: Int[Array, "*lead I O"], scales: Float[Array, "*lead groups O"], dtype: str
+    values: Int[Array, "*lead I O"],
+    scales: Float[Array, "*lead groups O"],
+    dtype: str,
+    *,
+    zeros: Int[Array, "*lead groups O"] | None = None,
+    groups: Int[Array, "*lead I"] | None = None,
 ) -> Float[Array, "*lead I O"]:
-    """Reads int4 and int8 (which has one group) back; jittable, with any leading axes."""
-    *lead, in_dim, out_dim = values.shape
-    groups = scales.shape[-2]
-    numbers = values.astype(jnp.float32).reshape(*lead, groups, in_dim // groups, out_dim)
+    """Returns ``(values - zeros) * scales``, each input by its group; jittable, any leading axes.
+
+    Args:
+      values: int4 or int8.
+      scales: one group's scale for each output; int8 of LLM.int8 has one group.
+      dtype: of the result; the product is taken in float32 and rounded once.
+      zeros: as `scales`; None for 0.
+      groups: group of each input; None where groups are equal runs of inputs.
+    """
+    *lead, _, out_dim = values.shape
+    numbers = values.astype(jnp.float32)
+    scales = scales.astype(jnp.float32)
+    if groups is not None:
+        if zeros is not None:
+            numbers -= take_rows(zeros, groups).astype(jnp.float32)
+        return (numbers * take_rows(scales, groups)).astype(dtype)
+    numbers = numbers.reshape(*lead, scales.shape[-2], -1, out_dim)
+    if zeros is not None:
+        numbers -= zeros[..., None, :].astype(jnp.float32)
     return (numbers * scales[..., None, :]).reshape(values.shape).astype(dtype)
+
+
+def pack(values: Int[np.ndarray, "*lead I O"]) -> UInt8[np.ndarray, "*lead half_I O"]:
+    """Returns host int4 values two a byte, the even input in the low nibble.
+
+    >>> pack(np.array([[1], [-1]], jnp.int4))
+    array([[241]], dtype=uint8)
+    """
+    nibbles = values.view(np.uint8)
+    packed = nibbles[..., 1::2, :] << np.uint8(4)
+    packed |= nibbles[..., 0::2, :] & np.uint8(15)
+    return packed
+
+
+def unpack(packed: UInt8[Array, "*lead half_I O"]) -> Int[Array, "*lead I O"]:
+    """Returns the int4 values that `pack` packed; jittable.
+
+    >>> unpack(jnp.array([[241]], "uint8")).tolist()
+    [[1], [-1]]
+    """
+    *lead, half, out_dim = packed.shape
+    signed = packed.astype(jnp.int8)
+    pairs = jnp.stack([signed << 4 >> 4, signed >> 4], axis=-2)
+    return pairs.reshape(*lead, 2 * half, out_dim).astype(jnp.int4)

@@ -2,6 +2,7 @@
 
 A matrix is read as its ``[out, in]`` transpose, row-major, in blocks of 64 that run on across row
 ends; each block keeps its largest magnitude, and each element the nearest of 16 codes times that.
+Other tables of 16 numbers (`TABLES`) in the same storage are read, not made.
 """
 
 import functools
@@ -12,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from jaxlora.core.errors import UserError
-from jaxlora.ops.arrays import DoubleQuantized
+from jaxlora.ops.arrays import DoubleQuantized, take_rows
 from jaxlora.ops.chunks import for_each, split
 
 BLOCK = 64
@@ -30,6 +31,18 @@ CODEBOOK = _table("""
     0x1.45f5fep-4 0x1.4995c6p-3 0x1.f809bap-3 0x1.5a0674p-2
     0x1.c3497p-2 0x1.200f56p-1 0x1.722766p-1 0x1p0
 """)
+
+# bitsandbytes' FP4: sign, two bits of exponent, one of mantissa, over the largest (12); -0 is 8.
+_FP4 = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
+# The elements of OCP's Microscaling Formats (MX) v1.0, E2M1: the sign is the highest bit.
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+
+# The number each code of a format stands for, before its block's scale.
+TABLES: dict[str, np.ndarray] = {
+    "nf4": CODEBOOK,
+    "fp4": np.concatenate([_FP4, -_FP4]),
+    "mxfp4": np.concatenate([_E2M1, -_E2M1]),
+}
 
 # The positive half of bitsandbytes' signed dynamic map. Literals, because recomputing it outside
 # torch is off by one unit in the last place.
@@ -185,24 +198,29 @@ def dequantize(
     values: UInt8[Array, "*lead O half_I"],
     scales: Float[Array, "..."] | DoubleQuantized,
     dtype: str,
+    *,
+    table: np.ndarray = CODEBOOK,
 ) -> Float[Array, "*lead I O"]:
-    """The inverse of `quantize`, jittable, with any leading axes."""
+    """The inverse of `quantize`, jittable, with any leading axes; `table` is one of `TABLES`."""
     *lead, out_dim, half = values.shape
+    rows = scales.codes if isinstance(scales, DoubleQuantized) else scales
+    # Scales that keep the rows apart tell the block's size; flat ones have blocks of 64.
+    block = half * 2 // rows.shape[-1] if rows.ndim == values.ndim else BLOCK
     if isinstance(scales, DoubleQuantized):
         scales = _block_scales(scales, len(lead))
     codes = jnp.stack([values >> 4, values & 15], axis=-1)
-    numbers = _look_up(codes).reshape(*lead, out_dim * half * 2)
+    numbers = _look_up(codes, table).reshape(*lead, out_dim * half * 2)
     absmax = jnp.asarray(scales).reshape(*lead, -1)
-    if numbers.shape[-1] % BLOCK == 0:
-        numbers = numbers.reshape(*lead, -1, BLOCK) * absmax[..., None]
+    if numbers.shape[-1] % block == 0:
+        numbers = numbers.reshape(*lead, -1, block) * absmax[..., None]
     else:
-        numbers *= jnp.repeat(absmax, BLOCK, axis=-1)[..., : numbers.shape[-1]]
+        numbers *= jnp.repeat(absmax, block, axis=-1)[..., : numbers.shape[-1]]
     return numbers.reshape(*lead, out_dim, half * 2).astype(dtype).swapaxes(-1, -2)
 
 
-def _look_up(codes: UInt8[Array, "..."]) -> Float[Array, "..."]:
-    """``CODEBOOK[codes]`` as 15 selects: vector work on every device, which a gather is not."""
-    choices = list(CODEBOOK)
+def _look_up(codes: UInt8[Array, "..."], table: np.ndarray) -> Float[Array, "..."]:
+    """``table[codes]`` as 15 selects: vector work on every device, which a gather is not."""
+    choices = list(table)
     for bit in range(4):
         is_set = (codes >> bit & 1).astype(bool)
         choices = [
@@ -216,7 +234,10 @@ def _block_scales(scales: DoubleQuantized, lead: int) -> Float[Array, "*lead blo
     codes = jnp.asarray(scales.codes)
     codes = codes.reshape(*codes.shape[:lead], -1)
     absmax = jnp.repeat(jnp.asarray(scales.absmax), NESTED_BLOCK, axis=-1)[..., : codes.shape[-1]]
-    product = jnp.asarray(DYNAMIC_MAP)[codes] * absmax
+    if scales.map is None:
+        product = jnp.asarray(DYNAMIC_MAP)[codes] * absmax
+    else:
+        product = take_rows(jnp.asarray(scales.map), codes) * absmax
     # XLA may fuse multiply and add into one rounding, bitsandbytes rounds twice. A maximum that
     # changes no finite number keeps them apart.
     product = jnp.maximum(product, jnp.finfo(jnp.float32).min)

@@ -1,5 +1,6 @@
 """Quantize a matrix to 4 or 8 bits and read it back; the formats are in `nf4` and `integer`."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float
 
 from jaxlora.core.errors import UserError, did_you_mean
 from jaxlora.ops import integer, nf4
-from jaxlora.ops.arrays import DoubleQuantized, QuantizedArray
+from jaxlora.ops.arrays import CODED, DoubleQuantized, QuantizedArray
 
 FORMATS = ("int4", "nf4", "int8")
 
@@ -61,46 +62,76 @@ def quantize(
 def dequantize(quantized: QuantizedArray, dtype: Any = None) -> Float[Array, "*lead I O"]:
     """Returns the matrix that `quantized` stores, as `dtype` or its own; jittable.
 
+    Numbers are rounded to its own dtype first: the matrix is the same however it is read.
+
     >>> dequantize(quantize(np.eye(2, dtype="float32"), "int8"))[0].tolist()
     [1.0, 0.0]
     """
-    values, scales = _gather(quantized)
-    read = nf4.dequantize if quantized.format == "nf4" else integer.dequantize
-    return read(values, scales, dtype or quantized.dtype)
+    gathered = _gather(quantized)
+    values, scales = gathered.values, gathered.scales
+    if quantized.format in CODED:
+        table = nf4.TABLES[quantized.format]
+        matrix = nf4.dequantize(values, scales, quantized.dtype, table=table)
+    else:
+        if quantized.packed:
+            values = integer.unpack(values)
+        matrix = integer.dequantize(
+            values, scales, quantized.dtype, zeros=gathered.zeros, groups=gathered.groups
+        )
+    return matrix if dtype is None else matrix.astype(dtype)
 
 
-def _gather(quantized: QuantizedArray) -> tuple[Any, Any]:
-    """Values and scales as jax arrays, constrained to the sharding `gathered` asks for.
+def _gather(quantized: QuantizedArray) -> QuantizedArray:
+    """All parts as jax arrays, constrained to the sharding `gathered` asks for.
 
-    Flat nf4 scales have no axis in common with the matrix and are left alone.
+    Flat nf4 scales and int4 groups have no axis in common with the matrix and are left alone.
     """
-    values, scales = jax.tree.map(jnp.asarray, (quantized.values, quantized.scales))
-    if quantized.gathered is None:
-        return values, scales
-    for_values, for_scales = quantized.gathered
+    leaf = jax.tree.map(jnp.asarray, quantized)
+    if leaf.gathered is None:
+        return leaf
+    for_values, for_scales = leaf.gathered
+    values, ndim = leaf.values, leaf.values.ndim
+
+    def constrain(part: Any) -> Any:
+        if part is None or part.ndim != ndim or for_scales is None:
+            return part
+        return jax.lax.with_sharding_constraint(part, for_scales)
+
     if for_values is not None:
         values = jax.lax.with_sharding_constraint(values, for_values)
-    if for_scales is None:
-        return values, scales
+    scales, zeros = leaf.scales, constrain(leaf.zeros)
     if isinstance(scales, DoubleQuantized):
-        if scales.codes.ndim == values.ndim:
-            codes = jax.lax.with_sharding_constraint(scales.codes, for_scales)
-            scales = DoubleQuantized(codes, scales.absmax, scales.offset)
-    elif scales.ndim == values.ndim:
-        scales = jax.lax.with_sharding_constraint(scales, for_scales)
-    return values, scales
+        scales = dataclasses.replace(scales, codes=constrain(scales.codes))
+    else:
+        scales = constrain(scales)
+    return dataclasses.replace(leaf, values=values, scales=scales, zeros=zeros)
 
 
 def bits_per_parameter(quantized: QuantizedArray) -> float:
-    """Returns the storage of values and scales in bits, per element of the matrix.
+    """Returns the storage of values, scales and zeros in bits, per element of the matrix.
 
     >>> bits_per_parameter(quantize(np.ones((128, 128), "float32"), "int4"))
     4.5
     """
-    leaves = jax.tree.leaves((quantized.values, quantized.scales))
+    leaves = jax.tree.leaves(quantized)
     return sum(leaf.size * _bits(leaf.dtype) for leaf in leaves) / math.prod(quantized.shape)
 
 
 def _bits(dtype: Any) -> int:
     kind = jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo
     return kind(dtype).bits
+
+
+def pack(quantized: QuantizedArray) -> QuantizedArray:
+    """Returns a host leaf with int4 values two a byte; other leaves as they are."""
+    if quantized.format != "int4" or quantized.packed or quantized.values.shape[-2] % 2:
+        return quantized
+    return dataclasses.replace(quantized, values=integer.pack(quantized.values), packed=True)
+
+
+@jax.jit
+def unpack(quantized: QuantizedArray) -> QuantizedArray:
+    """Returns a leaf on a device with int4 values as the device's own int4."""
+    if not quantized.packed:
+        return quantized
+    return dataclasses.replace(quantized, values=integer.unpack(quantized.values), packed=False)

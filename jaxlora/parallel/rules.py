@@ -8,7 +8,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlora.core import axes
-from jaxlora.ops.arrays import DoubleQuantized, QuantizedArray
+from jaxlora.ops import integer
+from jaxlora.ops.arrays import CODED, DoubleQuantized, QuantizedArray
 
 # Mesh axes for each logical axis. Weights are sharded over `fsdp` along the embedding and split
 # over `tensor` along the other side, so one gather over `fsdp` serves a layer.
@@ -80,23 +81,39 @@ class Placement:
         lead = (None,) if stacked else ()
         if not isinstance(leaf, QuantizedArray):
             return self._put(leaf, (*lead, *logical))
-        # nf4 keeps bitsandbytes' [out, in] order; its scales and values split alike.
-        stored = tuple(reversed(logical)) if leaf.format == "nf4" else tuple(logical)
-        values = self._put(leaf.values, (*lead, *stored))
-        scales = jax.tree.map(
-            lambda x: self._put(x, (*lead, *stored) if x.ndim == values.ndim else (None,) * x.ndim),
-            leaf.scales,
-        )
+        # Coded formats keep bitsandbytes' [out, in] order; scales and values split alike.
+        coded = leaf.format in CODED
+        stored = (*logical[:-2], logical[-1], logical[-2]) if coded else tuple(logical)
+        # A group whose inputs lie anywhere is needed wherever any of the inputs is.
+        per_group = stored if leaf.groups is None else (*stored[:-2], None, stored[-1])
+
+        def put(part: Any, layout: tuple[str | None, ...]) -> Any:
+            whole = (None,) * part.ndim
+            return self._put(part, (*lead, *layout) if part.ndim == ndim else whole)
+
+        ndim = leaf.values.ndim
+        values = self._int4(leaf, (*lead, *stored)) if leaf.packed else put(leaf.values, stored)
+        scales, zeros = jax.tree.map(lambda x: put(x, per_group), (leaf.scales, leaf.zeros))
+        groups = None if leaf.groups is None else self._put(leaf.groups, (*lead, *stored[:-1]))
         gathered = None
         if self.mesh.size > 1:
-            # nf4 is unpacked as one flat row of blocks, so its inner axis cannot stay split over
-            # `tensor`: it is gathered in bytes, or XLA gathers the unpacked float32 numbers.
-            kept = (stored[0], None) if leaf.format == "nf4" else stored
+            # Codes are unpacked as one flat row of blocks, so their inner axis cannot stay split
+            # over `tensor`: it is gathered in bytes, or XLA gathers the unpacked float32 numbers.
+            kept = (*stored[:-1], None) if coded else stored
             gathered = tuple(
-                self._gathered(kept, part.shape[len(lead) :])
-                for part in (values, _block_scales(scales))
+                self._gathered(layout, part.shape[len(lead) :])
+                for layout, part in (
+                    (kept, values),
+                    (kept if leaf.groups is None else per_group, _block_scales(scales)),
+                )
             )
-        return QuantizedArray(values, scales, leaf.format, leaf.dtype, gathered)
+        return QuantizedArray(values, scales, leaf.format, leaf.dtype, gathered, zeros, groups)
+
+    def _int4(self, leaf: QuantizedArray, layout: Sequence[str | None]) -> jax.Array:
+        """Packed values on the devices as their own int4; the host never holds a byte for each."""
+        packed = self._put(leaf.values, layout)
+        sharding = self.sharding(layout, leaf.shape)
+        return jax.jit(integer.unpack, out_shardings=sharding)(packed)
 
     def _gathered(self, stored: Sequence[str | None], shape: Sequence[int]) -> NamedSharding | None:
         """Split over `tensor` only: what a layer's matrix looks like once `fsdp` is gathered."""
