@@ -94,7 +94,8 @@ class Placement:
         ndim = leaf.values.ndim
         values = self._int4(leaf, (*lead, *stored)) if leaf.packed else put(leaf.values, stored)
         scales, zeros = jax.tree.map(lambda x: put(x, per_group), (leaf.scales, leaf.zeros))
-        groups = None if leaf.groups is None else self._put(leaf.groups, (*lead, *stored[:-1]))
+        # Whole everywhere, small as they are: split, they would split the scales taken by them.
+        groups = jax.tree.map(lambda x: self._put(x, (None,) * x.ndim), leaf.groups)
         gathered = None
         if self.mesh.size > 1:
             # Codes are unpacked as one flat row of blocks, so their inner axis cannot stay split

@@ -6,10 +6,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlora.core.errors import UserError
-from jaxlora.ops import chunks
+from jaxlora.ops import chunks, nf4
 from jaxlora.ops.arrays import QuantizedArray
 from jaxlora.ops.integer import group_length
-from jaxlora.ops.quantize import FORMATS, bits_per_parameter, dequantize, quantize
+from jaxlora.ops.quantize import FORMATS, bits_per_parameter, dequantize, pack, quantize, unpack
 
 read_back = jax.jit(dequantize, static_argnums=1)
 # Inputs that 64 divides and that it does not: nf4 blocks and int4 groups then differ in shape.
@@ -95,6 +95,51 @@ def test_int8_refuses_what_float16_cannot_hold():
 def test_nf4_refuses_odd_inputs():
     with pytest.raises(UserError, match="in=33 is odd"):
         quantize(normal(33, 64), "nf4")
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 10), (34, 5)])
+def test_packed_int4_holds_half_the_bytes_and_the_same_numbers(shape):
+    weight = normal(*shape)
+    layers = [quantize(layer, "int4") for layer in weight.reshape(-1, *shape[-2:])]
+    leaf = jax.tree.map(lambda *parts: np.stack(parts), *layers) if len(shape) > 2 else layers[0]
+    packed = pack(leaf)
+    assert packed.shape == leaf.shape
+    assert packed.values.nbytes * 2 == leaf.values.nbytes
+    assert_same_bits(unpack(packed), leaf)
+    np.testing.assert_array_equal(read_back(packed), read_back(leaf))
+    assert bits_per_parameter(packed) == bits_per_parameter(leaf)
+
+
+@pytest.mark.parametrize(("format", "shape"), [("int4", (97, 3)), ("nf4", (64, 3))])
+def test_what_cannot_be_packed_stays_as_it_is(format, shape):
+    leaf = quantize(normal(*shape), format)
+    assert pack(leaf) is leaf
+
+
+@pytest.mark.parametrize(("format", "block"), [("fp4", 64), ("mxfp4", 32), ("nf4", 128)])
+def test_codes_are_looked_up_in_the_table_of_their_format_and_block(format, block):
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 16, (6, 256), dtype=np.uint8)
+    scales = rng.random((6, 256 // block), dtype=np.float32)
+    leaf = QuantizedArray(codes[:, ::2] << 4 | codes[:, 1::2], scales, format, "float32")
+    expected = nf4.TABLES[format][codes] * np.repeat(scales, block, axis=1)
+    np.testing.assert_array_equal(read_back(leaf), expected.T)
+
+
+def test_e2m1_numbers_are_those_of_sign_exponent_and_mantissa():
+    for code, number in enumerate(nf4.TABLES["mxfp4"]):
+        sign, exponent, mantissa = code >> 3, code >> 1 & 3, code & 1
+        size = (1 + mantissa / 2) * 2.0 ** (exponent - 1) if exponent else mantissa / 2
+        assert number == (-size if sign else size)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_numbers_are_those_of_the_own_dtype_however_read(format):
+    leaf = quantize(normal(128, 8), format, dtype="bfloat16")
+    own = np.asarray(read_back(leaf))
+    assert own.dtype == jnp.bfloat16
+    for dtype in ("float32", "float16"):
+        np.testing.assert_array_equal(read_back(leaf, dtype), own.astype(dtype))
 
 
 def test_unknown_format_names_the_nearest():

@@ -2,9 +2,11 @@
 
     python eight_devices.py METHOD:MESH [METHOD:MESH ...]
 
-METHOD is lora, int4, nf4, int8 or full; MESH is like ``data=2,fsdp=4``, or nothing for one device.
+METHOD is lora, int4, nf4, int8, gptq or full; MESH is like ``data=2,fsdp=4``, or nothing for
+one device.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -22,7 +24,7 @@ from jaxlora.lora import LoraConfig, match
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import describe, init_params
 from jaxlora.models.transformer import Transformer
-from jaxlora.ops.quantize import quantize
+from jaxlora.ops.quantize import pack, quantize
 from jaxlora.optim.optimizers import make_optimizer
 from jaxlora.parallel.mesh import make_mesh
 from jaxlora.parallel.rules import Placement
@@ -63,10 +65,21 @@ def batches():
 def stored(weights, method):
     """Base weights on the host, the linear ones quantized layer by layer."""
     leaves = {path: np.asarray(weights[path]) for path in SPECS}
-    for path in LINEAR if method in ("int4", "nf4", "int8") else ():
-        layers = [quantize(layer, method) for layer in leaves[path]]
+    for path in LINEAR if method in ("int4", "nf4", "int8", "gptq") else ():
+        layers = [quantized(layer, method) for layer in leaves[path]]
         leaves[path] = jax.tree.map(lambda *parts: np.stack(list(map(np.asarray, parts))), *layers)
     return leaves
+
+
+def quantized(weight, method):
+    if method != "gptq":
+        return quantize(weight, method)
+    # As GPTQ files are read: packed, with zero points, each group's inputs anywhere.
+    rng = np.random.default_rng(0)
+    leaf = pack(quantize(weight, "int4", group_size=32))
+    zeros = rng.integers(-1, 2, leaf.scales.shape).astype(np.int8)
+    groups = rng.permutation(len(weight)).astype(np.int32) // 32
+    return dataclasses.replace(leaf, zeros=zeros, groups=groups)
 
 
 def setup(method, placement):

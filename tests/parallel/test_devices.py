@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 MESHES = ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2")
-METHODS = ("lora", "int4", "nf4", "int8", "full")
+METHODS = ("lora", "int4", "nf4", "int8", "gptq", "full")
 # float32 losses near 5; splitting a sum changes its rounding, 5e-7 relative at a time.
 TOLERANCE = 2e-5
 # What splits the largest array (gate and up, [128, 256] and stacked) into how many parts.
@@ -46,7 +46,7 @@ def check(results, cases):
         assert np.ptp(alone["losses"]) > 100 * TOLERANCE, "nothing was trained"
         assert results[case]["compiled"] == 1, (case, "a later step compiled anew")
         assert results[case]["largest_share"] == SHARES[mesh], case
-        if "fsdp" in mesh and method in ("int4", "nf4", "int8"):
+        if "fsdp" in mesh and method in ("int4", "nf4", "int8", "gptq"):
             check_gathers(case, results[case])
 
 

@@ -1,5 +1,6 @@
 """Dimensions are split by the table where they divide, and kept whole where they do not."""
 
+import dataclasses
 import types
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxlora.core import axes
-from jaxlora.ops.quantize import quantize
+from jaxlora.ops.quantize import dequantize, pack, quantize
 from jaxlora.parallel.mesh import make_mesh
 from jaxlora.parallel.rules import RULES, Placement, partition, undivided
 
@@ -70,6 +71,22 @@ def test_a_placed_leaf_has_the_bits_it_had(storage):
     for was, now in zip(jax.tree.leaves(leaf), jax.tree.leaves(placed), strict=True):
         assert was.dtype == now.dtype
         assert np.asarray(was).tobytes() == np.asarray(now).tobytes()
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_packed_leaf_is_placed_as_the_int4_it_stands_for(ordered):
+    placement = Placement(make_mesh(None, jax.devices()[:1]))
+    weight = np.random.default_rng(0).standard_normal((2, 64, 8)).astype(np.float32)
+    layers = [quantize(layer, "int4", group_size=16) for layer in weight]
+    leaf = jax.tree.map(lambda *parts: np.stack(parts), *layers)
+    groups = np.random.default_rng(1).integers(0, 4, (2, 64)).astype(np.int32)
+    zeros = np.ones(leaf.scales.shape, np.int8)
+    leaf = dataclasses.replace(leaf, zeros=zeros, groups=groups if ordered else None)
+    placed = placement.weight(pack(leaf), (axes.EMBED, axes.MLP), stacked=True)
+    assert placed.values.dtype == jax.numpy.int4
+    assert jax.tree.structure(placed) == jax.tree.structure(leaf)
+    np.testing.assert_array_equal(dequantize(placed), dequantize(leaf))
+    assert (np.asarray(dequantize(placed)) != dequantize(layers[0])).any()
 
 
 def test_a_batch_keeps_its_values_and_dtypes():
