@@ -5,8 +5,6 @@ in which way the words run and in the order within a word; the numbers mean the 
 ``(value - zero) * scale``.
 """
 
-import functools
-
 import numpy as np
 
 from jaxlora.checkpoints.storage import Part, Shape, Storage, Tensors
