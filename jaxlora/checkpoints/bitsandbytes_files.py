@@ -63,7 +63,7 @@ def _read(format: str, state_name: str, parts: Tensors, shape: Shape) -> Quantiz
     return QuantizedArray(values, scales, format, state["dtype"])
 
 
-def _state(stored: np.ndarray | None, format: str, shape: Shape) -> dict[str, Any]:
+def _state(stored: np.ndarray, format: str, shape: Shape) -> dict[str, Any]:
     """The JSON beside a weight, checked against what config.json says of it."""
     try:
         state = json.loads(stored.tobytes().decode("utf-8"))

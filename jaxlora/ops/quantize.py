@@ -67,8 +67,8 @@ def dequantize(quantized: QuantizedArray, dtype: Any = None) -> Float[Array, "*l
     >>> dequantize(quantize(np.eye(2, dtype="float32"), "int8"))[0].tolist()
     [1.0, 0.0]
     """
-    gathered = _gather(quantized)
-    values, scales = gathered.values, gathered.scales
+    leaf: Any = _gather(quantized)  # arrays of jax throughout
+    values, scales = leaf.values, leaf.scales
     if quantized.format in CODED:
         table = nf4.TABLES[quantized.format]
         matrix = nf4.dequantize(values, scales, quantized.dtype, table=table)
@@ -76,7 +76,7 @@ def dequantize(quantized: QuantizedArray, dtype: Any = None) -> Float[Array, "*l
         if quantized.packed:
             values = integer.unpack(values)
         matrix = integer.dequantize(
-            values, scales, quantized.dtype, zeros=gathered.zeros, groups=gathered.groups
+            values, scales, quantized.dtype, zeros=leaf.zeros, groups=leaf.groups
         )
     return matrix if dtype is None else matrix.astype(dtype)
 
