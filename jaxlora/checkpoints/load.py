@@ -1,6 +1,7 @@
 """Hugging Face weights in: streamed tensor by tensor, quantized on the way, checked beforehand."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from jaxlora.checkpoints.json_files import read_json_object
 from jaxlora.checkpoints.tensors import FLOAT_DTYPES, TensorFiles
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree, unflatten
+from jaxlora.lora.initializers import Store
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.families import FAMILIES
 from jaxlora.models.families.read import read_config
@@ -24,6 +26,7 @@ from jaxlora.ops.quantize import quantize
 _QUANTIZED = ("linear", "experts")
 # Where in a leaf each group of tensors goes; see `ParamSpec.sources`.
 Sources = dict[tuple[int, ...], tuple[str, ...]]
+Split = Callable[..., Any]
 _COMPARED_ROWS = 4096
 _TILE = 128
 
@@ -78,6 +81,7 @@ def load_params(
     dtype: DTypeLike,
     quantization: QuantSpec | None = None,
     place: Callable[[str, Any], Any] = to_device,
+    split: Split | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tree:
     """Returns the parameter tree of a model folder.
@@ -91,6 +95,8 @@ def load_params(
       dtype: dtype of plain leaves, and the one quantized leaves stand for.
       quantization: how to store the linear weights; embedding, head, norms and biases stay plain.
       place: given a path and its complete host leaf, returns the leaf to keep, e.g. sharded.
+      split: given path, layer, linear matrix and what stores a matrix, returns the layer's leaf:
+        how an adapter is taken out of the base on the way (`jaxlora.lora.Splitter`).
       progress: called with elements read so far and in all, after every tensor.
 
     Raises:
@@ -104,7 +110,10 @@ def load_params(
     for path, spec in specs.items():
         leaf = None
         for at, names in sources[path].items():
-            part = _read(files, names, spec, jnp.dtype(dtype), quantization)
+            store = functools.partial(_store, spec, jnp.dtype(dtype), quantization)
+            if split is not None and spec.kind == "linear":
+                store = functools.partial(split, path, at[0] if at else 0, store=store)
+            part = _read(files, names, spec, store)
             if leaf is None:
                 leaf = _empty(part, spec.full_shape[: len(at)], jnp.dtype(dtype))
             jax.tree.map(lambda whole, piece, at=(*at, ...): _copy(whole[at], piece), leaf, part)
@@ -124,25 +133,26 @@ def check_weights(folder: Path, cfg: ModelConfig) -> None:
     _check(TensorFiles(folder), describe(cfg), cfg)
 
 
-def _read(
-    files: TensorFiles,
-    names: tuple[str, ...],
-    spec: ParamSpec,
-    dtype: np.dtype,
-    quantization: QuantSpec | None,
-) -> Any:
-    """One matrix ``[in, out]``, quantized if it is to be, else in the dtype of the file."""
+def _read(files: TensorFiles, names: tuple[str, ...], spec: ParamSpec, store: Store) -> Any:
+    """One matrix ``[in, out]`` as it is to be stored."""
     tensors = [files.read(name) for name in names]
     if spec.transposed:
         tensors = [np.swapaxes(tensor, -1, -2) for tensor in tensors]
     matrix = tensors[0] if len(tensors) == 1 else np.concatenate(tensors, axis=-1)
+    try:
+        return store(matrix)
+    except UserError as error:
+        raise UserError(f"{files.info[names[0]].file}: {names[0]}: {error}") from error
+
+
+def _store(
+    spec: ParamSpec, dtype: np.dtype, quantization: QuantSpec | None, matrix: np.ndarray
+) -> Any:
+    """Quantized if the parameter is to be, else in the dtype of the file."""
     if quantization is None or spec.kind not in _QUANTIZED:
         return matrix
     options = dataclasses.asdict(quantization)
-    try:
-        return _quantized(matrix, options.pop("format"), dtype=dtype.name, **options)
-    except UserError as error:
-        raise UserError(f"{files.info[names[0]].file}: {names[0]}: {error}") from error
+    return _quantized(matrix, options.pop("format"), dtype=dtype.name, **options)
 
 
 def _quantized(matrix: np.ndarray, format: str, **options: Any) -> Any:

@@ -83,7 +83,7 @@ def _patterns(targets: Mapping[str, Target], config: LoraConfig) -> dict[str, An
     alphas: dict[str, float] = {}
     for target, leaf_name in zip(targets.values(), leaf_names, strict=True):
         layers = [
-            (module, rank, _alpha(scale, rank, config))
+            (module, rank, config.alpha_of(scale, rank))
             for module, rank, scale in zip(target.modules, target.ranks, target.scales, strict=True)
             if rank
         ]
@@ -101,14 +101,6 @@ def _patterns(targets: Mapping[str, Target], config: LoraConfig) -> dict[str, An
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
     }
-
-
-def _alpha(scale: float, rank: int, config: LoraConfig) -> float:
-    """The alpha a scale was made from: dividing back would round."""
-    for alpha in (config.alpha, *config.alpha_pattern.values()):
-        if config.scale(rank, alpha) == scale:
-            return alpha
-    raise ValueError(f"scale {scale} at rank {rank} does not come from {config}")
 
 
 def _whole(alpha: float) -> int | float:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from jaxlora.config.values import Flag, Section, Text, Whole
+from jaxlora.config.values import Count, Flag, Section, Text, Whole
 
 _TYPE_ALIASES = {"chat_template.default": "chat_template"}
 _TYPE_HINTS = {
@@ -163,3 +163,19 @@ class BnbConfig(Section):
     """Accepted and not used: `bf16` sets the compute dtype."""
     bnb_4bit_quant_storage: Text | None = None
     """Accepted and not used: codes are stored as bytes."""
+
+
+class LoftqConfig(Section):
+    """LoftQ: the adapter starts as what quantization loses of the base."""
+
+    loftq_bits: Literal[4, 8] = 4
+    """Bits of the base; without another key that says how it is stored: nf4 or int8."""
+    loftq_iter: Count = 1
+    """(jaxlora) Rounds of quantizing and decomposing."""
+
+
+class PeftConfig(Section):
+    """PEFT's nested options."""
+
+    loftq_config: LoftqConfig | None = None
+    """Starts the adapter by LoftQ; see below."""

@@ -51,9 +51,12 @@ def quantization(config: Config) -> Quantization | None:
     """Returns the format of the frozen base; None keeps it as loaded.
 
     `load_in_4bit` means nf4 with double quantization, as in Axolotl; `quantization` overrides it.
+    Where neither speaks, LoftQ's bits do.
     """
+    loftq = config.peft.loftq_config if config.adapter else None
     loaded = "nf4" if config.load_in_4bit else "int8" if config.load_in_8bit else None
-    storage = config.quantization or loaded
+    wanted = loftq and ("nf4" if loftq.loftq_bits == 4 else "int8")
+    storage = config.quantization or loaded or wanted
     if storage is None:
         return None
     return Quantization(
@@ -66,6 +69,12 @@ def lora_targets(config: Config) -> tuple[str, ...] | str:
     if config.lora_target_linear:
         return "all-linear"
     return config.lora_target_modules or DEFAULT_TARGETS
+
+
+def lora_init(config: Config) -> bool | str:
+    """Returns how the adapter starts, in PEFT's words; false means the default, as in Axolotl."""
+    loftq = config.peft.loftq_config is not None
+    return config.peft_init_lora_weights or ("loftq" if loftq else True)
 
 
 def remat_policy(config: Config) -> str:

@@ -84,7 +84,6 @@ _REFUSED = {
         fix_untrained_tokens""",
     "not available; use adapter or train every weight": """unfrozen_parameters
         lora_modules_to_save""",
-    "not available; adapters start with a random A and B = 0": "peft_init_lora_weights peft",
     "not available; learning_rate holds for every weight": """loraplus_lr_ratio
         loraplus_lr_embedding lr_groups embedding_lr embedding_lr_scale""",
     "not available; leave it out": """s2_attention neftune_noise_alpha relora jagged_restart_steps
@@ -147,6 +146,10 @@ SYNONYMS: Mapping[str, str] = {
     "use_dora": "peft_use_dora",
     "use_rslora": "peft_use_rslora",
     "layers_to_transform": "peft_layers_to_transform",
+    "exclude_modules": "lora_exclude_modules",
+    "rank_pattern": "lora_rank_pattern",
+    "alpha_pattern": "lora_alpha_pattern",
+    "init_lora_weights": "peft_init_lora_weights",
 }
 """Names that other programs use: our key."""
 
@@ -155,7 +158,6 @@ _INERT: Mapping[str, Any] = {
     "context_parallel_size": 1,
     "sequence_parallel_degree": 1,
     "expert_parallel_size": 1,
-    "peft_init_lora_weights": True,
     # Axolotl's own default; it has no effect without loraplus_lr_ratio.
     "loraplus_lr_embedding": 1e-6,
 }

@@ -45,7 +45,12 @@ def _adapter(config: Config) -> Iterator[str]:
         for key in sorted(config.model_fields_set):
             if key.startswith(("lora_", "peft_")) and getattr(config, key):
                 yield f"{key}: no effect: adapter is not set"
-    elif config.lora_target_linear and config.lora_target_modules:
+        return
+    if config.peft_init_lora_weights is False:
+        yield "peft_init_lora_weights: false is read as the default, as in Axolotl"
+    if config.lora_model_dir and derived.lora_init(config) is not True:
+        yield "peft_init_lora_weights: no effect: lora_model_dir is where the adapter starts"
+    if config.lora_target_linear and config.lora_target_modules:
         yield "lora_target_modules: no effect: lora_target_linear adapts every linear layer"
     elif derived.lora_targets(config) == derived.DEFAULT_TARGETS != config.lora_target_modules:
         yield "lora_target_modules: not set, so q_proj and v_proj, PEFT's default"

@@ -8,7 +8,9 @@ from pydantic.fields import FieldInfo
 from jaxlora.config.datasets import (
     BnbConfig,
     DatasetConfig,
+    LoftqConfig,
     MeshConfig,
+    PeftConfig,
     PromptFormat,
     SpecialTokens,
 )
@@ -36,6 +38,8 @@ _NESTED = {
     "mesh": MeshConfig,
     "special_tokens": SpecialTokens,
     "bnb_config_kwargs": BnbConfig,
+    "peft": PeftConfig,
+    "peft.loftq_config": LoftqConfig,
 }
 
 

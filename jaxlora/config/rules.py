@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from jaxlora.config import derived
 from jaxlora.config.schema import Config
-from jaxlora.core.errors import did_you_mean
+from jaxlora.core.errors import UserError, did_you_mean
+from jaxlora.lora.initializers import check_init
 
 Path = tuple[str | int, ...]
 
@@ -24,8 +25,8 @@ class Problem:
 
 def problems(config: Config) -> list[Problem]:
     """Returns every broken rule, in the order of the rules."""
-    rules = (_data, _templates, _held_out, _cadence, _batch, _length, _adapter, _quantization)
-    return [problem for rule in (*rules, _training) for problem in rule(config)]
+    rules = (_data, _templates, _held_out, _cadence, _batch, _length, _adapter, _start)
+    return [problem for rule in (*rules, _quantization, _training) for problem in rule(config)]
 
 
 def _data(config: Config) -> Iterator[Problem]:
@@ -137,6 +138,30 @@ def _adapter(config: Config) -> Iterator[Problem]:
         yield Problem(("lora_target_modules",), text, ("lora_target_linear",))
 
 
+def _start(config: Config) -> Iterator[Problem]:
+    init, loftq = derived.lora_init(config), config.peft.loftq_config
+    if config.adapter is None:
+        return
+    key = "peft_init_lora_weights" if config.peft_init_lora_weights else "peft"
+    ranks = [config.lora_r or 2, *config.lora_rank_pattern.values()]
+    try:
+        check_init(init, ranks)
+    except UserError as error:
+        yield Problem((key,), str(error).partition(": ")[2], ("lora_r", "lora_rank_pattern"))
+    if init != "loftq":
+        if loftq is not None:
+            yield Problem(("peft",), f"loftq_config contradicts peft_init_lora_weights: {init}")
+        return
+    plan = derived.quantization(config)
+    if plan is None:
+        text = "loftq needs a quantized base: load_in_4bit: true, or quantization: int4"
+        yield Problem((key,), text, ("load_in_4bit", "quantization"))
+    elif loftq is not None and (loftq.loftq_bits == 8) != (plan.format == "int8"):
+        text = f"{loftq.loftq_bits} contradicts a base stored as {plan.format}"
+        others = ("load_in_4bit", "load_in_8bit", "quantization")
+        yield Problem(("peft", "loftq_config", "loftq_bits"), text, others)
+
+
 def _quantization(config: Config) -> Iterator[Problem]:
     wanted = [key for key in ("load_in_4bit", "load_in_8bit") if getattr(config, key)]
     if len(wanted) == 2:
@@ -152,7 +177,7 @@ def _quantization(config: Config) -> Iterator[Problem]:
         yield Problem(("adapter",), text, ("load_in_4bit", "quantization"))
     if plan is None:
         return
-    key = "quantization" if storage is not None else wanted[0]
+    key = "quantization" if storage is not None else (*wanted, "peft")[0]
     if config.adapter is None:
         text = "a quantized base cannot be trained itself; set adapter: qlora or lora"
         yield Problem((key,), text, ("adapter",))

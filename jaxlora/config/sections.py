@@ -8,7 +8,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from jaxlora.config.datasets import BnbConfig, DatasetConfig, MeshConfig, SpecialTokens
+from jaxlora.config.datasets import (
+    BnbConfig,
+    DatasetConfig,
+    MeshConfig,
+    PeftConfig,
+    SpecialTokens,
+)
 from jaxlora.config.values import (
     Count,
     Flag,
@@ -61,6 +67,12 @@ class AdapterKeys(Section):
     """Names of the linear layers to adapt, or one regular expression for their full names."""
     lora_target_linear: Flag = False
     """Adapts every linear layer but the output head."""
+    lora_exclude_modules: Text | tuple[Text, ...] | None = None
+    """Layers to leave out after all, by the same rules."""
+    lora_rank_pattern: dict[str, Size] = Field(default_factory=dict)
+    """Rank by regular expression for the end of a layer's full name; the first match wins."""
+    lora_alpha_pattern: dict[str, Positive] = Field(default_factory=dict)
+    """Alpha by the same."""
     lora_model_dir: Text | None = None
     """Folder of an adapter to start from."""
     peft_use_rslora: Flag = False
@@ -69,6 +81,11 @@ class AdapterKeys(Section):
     """Trains the magnitudes of the columns too (DoRA)."""
     peft_layers_to_transform: Natural | tuple[Natural, ...] | None = None
     """Indices of the layers to adapt; null: all."""
+    peft_init_lora_weights: Flag | Text | None = None
+    """How the adapter starts: gaussian, orthogonal, pissa, pissa_niter_N, olora or loftq; else A is
+    random and B zero. The exported adapter fits the plain base in any case."""
+    peft: PeftConfig = Field(default_factory=PeftConfig)
+    """PEFT's nested options."""
     load_in_4bit: Flag = False
     """Stores the frozen base as nf4, scales double quantized."""
     load_in_8bit: Flag = False

@@ -13,15 +13,20 @@ def lora_config(config: Config) -> LoraConfig | None:
         return None
     assert config.lora_r is not None, "the rules require it"
     assert config.lora_alpha is not None, "the rules require it"
-    layers = config.peft_layers_to_transform
+    layers, loftq = config.peft_layers_to_transform, config.peft.loftq_config
     return LoraConfig(
         r=config.lora_r,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
         target_modules=derived.lora_targets(config),
+        exclude_modules=config.lora_exclude_modules or (),
+        rank_pattern=config.lora_rank_pattern,
+        alpha_pattern=config.lora_alpha_pattern,
         layers_to_transform=(layers,) if isinstance(layers, int) else layers or (),
         use_rslora=config.peft_use_rslora,
         use_dora=config.peft_use_dora,
+        init=derived.lora_init(config),
+        loftq_iter=loftq.loftq_iter if loftq else 1,
     )
 
 

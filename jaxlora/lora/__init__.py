@@ -5,19 +5,26 @@ place, `merge` folds them in, `wrap` lets a model that knows nothing of jaxlora 
 """
 
 from jaxlora.lora.config import LoraConfig
+from jaxlora.lora.initializers import changes_base
+from jaxlora.lora.splitting import Splitter, as_difference, split_tree
 from jaxlora.lora.targets import Target, match, targets_of_tree
-from jaxlora.lora.transform import apply, count, init, merge, unmerge
+from jaxlora.lora.transform import apply, count, init, merge, unmerge, with_magnitudes
 from jaxlora.lora.wrap import wrap
 
 __all__ = [
     "LoraConfig",
+    "Splitter",
     "Target",
     "apply",
+    "as_difference",
+    "changes_base",
     "count",
     "init",
     "match",
     "merge",
+    "split_tree",
     "targets_of_tree",
     "unmerge",
+    "with_magnitudes",
     "wrap",
 ]

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from jaxlora.core.errors import UserError
+from jaxlora.lora.initializers import check_init
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,8 @@ class LoraConfig:
       rank_pattern, alpha_pattern: r or alpha by module-path pattern, first match wins.
       use_rslora: rank-stabilised scale (Kalajdzievski 2023).
       use_dora: weight-decomposed LoRA (Liu et al. 2024).
+      init: how A and B start, PEFT's ``init_lora_weights``; see `jaxlora.lora.initializers`.
+      loftq_iter: rounds of quantizing and decomposing of ``init="loftq"``.
 
     Raises:
       UserError: a value out of range.
@@ -36,6 +39,8 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     use_rslora: bool = False
     use_dora: bool = False
+    init: bool | str = True
+    loftq_iter: int = 1
 
     def __post_init__(self):
         for r in (self.r, *self.rank_pattern.values()):
@@ -43,6 +48,7 @@ class LoraConfig:
                 raise UserError(f"lora_r: {r} is not a rank; expected 1 or more.")
         if not 0 <= self.dropout < 1:
             raise UserError(f"lora_dropout: {self.dropout} is out of range; expected 0 <= p < 1.")
+        check_init(self.init, [self.r, *self.rank_pattern.values()])
 
     def scale(self, rank: int, alpha: float) -> float:
         """Returns what multiplies ``B A``.
@@ -51,3 +57,25 @@ class LoraConfig:
         (2.0, 8.0)
         """
         return alpha / rank**0.5 if self.use_rslora else alpha / rank
+
+    def alpha_of(self, scale: float, rank: int) -> float:
+        """Returns the alpha that a scale was made from: dividing back would round."""
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            if self.scale(rank, alpha) == scale:
+                return alpha
+        raise ValueError(f"scale {scale} at rank {rank} does not come from {self}")
+
+    def doubled(self, longer: float) -> "LoraConfig":
+        """Returns the options of an adapter of twice the rank and `longer` times the alpha.
+
+        >>> LoraConfig(r=4, alpha=8, rank_pattern={"q_proj": 2}, init="pissa").doubled(2).r
+        8
+        """
+        return dataclasses.replace(
+            self,
+            r=2 * self.r,
+            alpha=longer * self.alpha,
+            rank_pattern={name: 2 * rank for name, rank in self.rank_pattern.items()},
+            alpha_pattern={name: longer * alpha for name, alpha in self.alpha_pattern.items()},
+            init=True,
+        )

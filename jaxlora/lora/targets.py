@@ -43,6 +43,11 @@ class Target:
         """Largest rank over the layers, the size of the arrays."""
         return max(self.ranks)
 
+    def doubled(self, scales: Sequence[float]) -> "Target":
+        """Returns the target of an adapter of twice the rank with these scales."""
+        ranks = tuple(2 * rank for rank in self.ranks)
+        return dataclasses.replace(self, ranks=ranks, scales=tuple(scales))
+
 
 def match(
     modules: Mapping[str, Sequence[str]], config: LoraConfig, stacked: Iterable[str] = ()

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, UInt32
 
 from jaxlora.core.tree import Tree, flatten, replace
+from jaxlora.lora.initializers import random_pair
 from jaxlora.lora.targets import Target
 from jaxlora.ops.arrays import LoraArray
 from jaxlora.ops.matmul import materialize
@@ -20,37 +21,47 @@ from jaxlora.ops.matmul import materialize
 Adapter = dict[str, dict[str, jax.Array]]
 
 
-def init(params: Mapping[str, Any], targets: Mapping[str, Target], key: jax.Array) -> Adapter:
-    """Returns a fresh adapter: A as in PEFT (Kaiming uniform, a = sqrt 5), B zero: no change yet.
+def init(
+    params: Mapping[str, Any],
+    targets: Mapping[str, Target],
+    key: jax.Array,
+    init: bool | str = True,
+) -> Adapter:
+    """Returns a fresh adapter; as PEFT's default, A is random and B zero: no change yet.
 
     Args:
       params: weights, or arrays of the same shapes; read only for DoRA's magnitudes.
       targets: from `jaxlora.lora.match`.
       key: typed PRNG key.
+      init: `LoraConfig.init`, one that leaves the base alone; for the others see
+        `jaxlora.lora.splitting`.
     """
     leaves = flatten(params)
     keys = jax.random.split(key, len(targets))
-    return {
-        path: _init_leaf(leaves[path], target, leaf_key)
-        for (path, target), leaf_key in zip(sorted(targets.items()), keys, strict=True)
-    }
+    adapter = {}
+    for (path, target), leaf_key in zip(sorted(targets.items()), keys, strict=True):
+        lead, in_dim, out_dim = matrix_shape(leaves[path], target)
+        a, b = random_pair(init, leaf_key, in_dim, out_dim, target.ranks, bool(lead))
+        adapter[path] = {"a": a, "b": b}
+    return with_magnitudes(params, adapter, targets)
 
 
-def _init_leaf(leaf: Any, target: Target, key: jax.Array) -> dict[str, jax.Array]:
-    lead, in_dim, out_dim = _matrix_shape(leaf, target)
-    bound = in_dim**-0.5
-    a = jax.random.uniform(key, (*lead, in_dim, target.rank), jnp.float32, -bound, bound)
-    # Columns beyond a layer's own rank stay zero (see Target).
-    ranks = np.array(target.ranks).reshape((*lead, 1, 1))
-    a = jnp.where(np.arange(target.rank) < ranks, a, 0.0)
-    adapter = {"a": a, "b": jnp.zeros((*lead, target.rank, out_dim), jnp.float32)}
-    if target.dora:
-        base = materialize(leaf, jnp.float32).reshape(*lead, in_dim, out_dim)
-        adapter["magnitude"] = jnp.linalg.norm(base, axis=-2)
-    return adapter
+def with_magnitudes(
+    params: Mapping[str, Any], adapter: Adapter, targets: Mapping[str, Target]
+) -> Adapter:
+    """Returns `adapter` with the magnitudes of its DoRA targets: column norms of the sum."""
+    leaves = flatten(params)
+    full = {}
+    for path, pair in adapter.items():
+        full[path] = pair
+        if targets[path].dora:
+            merged = materialize(_as_matrices(leaves[path], pair, targets[path]), jnp.float32)
+            full[path] = {**pair, "magnitude": jnp.linalg.norm(merged, axis=-2)}
+    return full
 
 
-def _matrix_shape(leaf: Any, target: Target) -> tuple[tuple[int, ...], int, int]:
+def matrix_shape(leaf: Any, target: Target) -> tuple[tuple[int, ...], int, int]:
+    """Returns leading axes, inputs and outputs of the matrices of an adapted leaf."""
     lead = leaf.shape[:1] if target.stacked else ()
     dims = leaf.shape[len(lead) :]
     return lead, int(np.prod(dims[: target.in_axes])), int(np.prod(dims[target.in_axes :]))
@@ -143,7 +154,7 @@ def unmerge(
 
 
 def _as_matrices(leaf: Any, pair: Mapping[str, jax.Array], target: Target) -> LoraArray:
-    lead, in_dim, out_dim = _matrix_shape(leaf, target)
+    lead, in_dim, out_dim = matrix_shape(leaf, target)
     base = leaf if leaf.ndim == len(lead) + 2 else leaf.reshape(*lead, in_dim, out_dim)
     return LoraArray(base, pair["a"], pair["b"], _scale(target), pair.get("magnitude"))
 

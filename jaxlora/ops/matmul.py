@@ -62,8 +62,10 @@ def _merged(weight: LoraArray, base: Float[Array, "*lead I O"]) -> Float[Array, 
 def _dora_gain(weight: LoraArray, merged: Float[Array, "*lead I O"]) -> Float[Array, "*lead O"]:
     # The norm is a constant for the gradient (DoRA paper, section 4.3).
     norm = jnp.linalg.norm(jax.lax.stop_gradient(merged), axis=-2)
-    # A layer that the rules leave out has scale 0: it must not train a magnitude either.
-    return jnp.where(weight.scale[..., None] == 0, 1.0, weight.magnitude / norm)
+    # A layer that the rules leave out has scale 0: it must not train a magnitude either. A column
+    # of zeros has no direction yet: the gain 1 lets B give it one, where PEFT divides 0 by 0.
+    alone = (weight.scale[..., None] == 0) | (norm == 0)
+    return jnp.where(alone, 1.0, weight.magnitude / jnp.where(alone, 1.0, norm))
 
 
 @jax.custom_vjp

@@ -21,15 +21,25 @@ from jaxlora.data.tokenizer import template_text
 from jaxlora.models.parameters import describe
 from jaxlora.training.resume import CHECKPOINTS
 from jaxlora.training.setup import Model, open_model
-from jaxlora.training.state import make_tx, quant_spec
+from jaxlora.training.state import TrainState, make_tx, quant_spec, saved, split_pairs
 
 
-def export_weights(config: Config, model: Model, trainable: Tree, folder: Path) -> None:
+def export_weights(config: Config, model: Model, state: Tree, folder: Path) -> None:
     """Writes the PEFT adapter, or the whole model of a full fine-tune, with its tokenizer.
+
+    An adapter that started as a part of the base is written as its difference to that part, of
+    twice the rank: it fits the base as it was.
+
+    Args:
+      config: of the run.
+      model: its base.
+      state: from `jaxlora.training.state.saved`, or as restored from a checkpoint.
+      folder: where to.
 
     Raises:
       UserError: weights that are not finite, or a folder that cannot be written.
     """
+    trainable = state["trainable"]
     if model.lora is None:
         save_model(
             unflatten(trainable["params"]),
@@ -40,15 +50,22 @@ def export_weights(config: Config, model: Model, trainable: Tree, folder: Path) 
             overwrite=True,
         )
         return
+    adapter, targets, options = trainable["adapter"], model.targets, model.lora
+    storage = quant_spec(config)
+    if "initial" in state:
+        adapter, targets, options = lora.as_difference(
+            adapter, state["initial"], targets, options
+        )
+        storage = None  # what was quantized was the rest of the base, which nobody else has
     save_adapter(
         folder,
-        trainable["adapter"],
-        model.targets,
-        model.lora,
+        adapter,
+        targets,
+        options,
         base_name=config.base_model,
         revision=config.revision_of_model,
         fingerprint=model.fingerprint or None,
-        storage=quant_spec(config),
+        storage=storage,
     )
     choice = config.chat_template_jinja or config.chat_template
     if choice is not None:  # who loads the adapter should ask as it was taught
@@ -103,7 +120,7 @@ def _export_checkpoint(source: str | Path, output: Path) -> int:
     config = load_config(written)
     model = open_model(config)
     restored, meta = CheckpointStore(store_folder).restore(step, abstract_state(config, model))
-    export_weights(config, model, restored["trainable"], output)
+    export_weights(config, model, restored, output)
     return meta["step"]
 
 
@@ -123,4 +140,10 @@ def abstract_state(config: Config, model: Model) -> Tree:
             jax.random.key(0),
         )
     optimizer, _ = make_tx(config, trainable, model.specs, total_steps=1)
-    return {"trainable": trainable, "optimizer": jax.eval_shape(optimizer.init, trainable)}
+    state = TrainState(
+        trainable,
+        jax.eval_shape(optimizer.init, trainable),
+        {},
+        initial=jax.eval_shape(lambda adapter: split_pairs(model, adapter), trainable["adapter"]),
+    )
+    return saved(state)

@@ -1,6 +1,7 @@
 """`train`: from a configuration to an adapter, top to bottom."""
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ from jaxlora.training.state import (
     load_weights,
     make_tx,
     saved,
+    split_pairs,
 )
 from jaxlora.training.step import make_eval_step, make_train_step
 
@@ -92,7 +94,10 @@ class Run:
         self.plan, self.origin = plan, origin
         optimizer, self.schedule = make_tx(config, trainable, model.specs, plan.total_steps)
         self.state = TrainState(
-            trainable, init_optimizer(optimizer, trainable, model.placement), frozen
+            trainable,
+            init_optimizer(optimizer, trainable, model.placement),
+            frozen,
+            initial=split_pairs(model, trainable["adapter"]),
         )
         key = jax.random.fold_in(jax.random.key(config.seed), 2)
         like = (self.state.trainable, self.state.opt_state)
@@ -132,7 +137,7 @@ class Run:
             raise
         self._save(store)
         loss_after, score_after = self._evaluate(display, "after training", sinks)
-        export_weights(config, plan.model, self.state.trainable, folder)
+        export_weights(config, plan.model, saved(self.state), folder)
         result = TrainResult(
             folder,
             self.state.step,
@@ -160,7 +165,9 @@ class Run:
             jnp.int32(state.step),
         )
         # In one go: an interrupt finds the state before the step, or the one after it.
-        self.state = TrainState(trainable, opt_state, state.frozen, state.step + 1)
+        self.state = dataclasses.replace(
+            state, trainable=trainable, opt_state=opt_state, step=state.step + 1
+        )
         step, last = self.state.step, self.state.step == plan.total_steps
         values = self._checked(metrics)
         display.advance(tokens)

@@ -9,6 +9,7 @@ from jaxlora.checkpoints.store import CheckpointStore, locate
 from jaxlora.config import derived
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError
+from jaxlora.lora import LoraConfig, changes_base
 from jaxlora.training.setup import Plan
 from jaxlora.training.state import TrainState, saved
 
@@ -76,12 +77,18 @@ def identity(plan: Plan) -> dict[str, Any]:
         "adam_epsilon": config.adam_epsilon,
         "max_grad_norm": config.max_grad_norm,
         "quantization": storage and [storage.format, storage.double_quant],
+        "peft_init_lora_weights": plan.model.lora and _init_of(plan.model.lora),
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
         # Last: it follows from several of the keys above, which say better what has changed.
         "data": plan.data.fingerprint,
         "scales": {path: list(target.scales) for path, target in plan.model.targets.items()},
     }
+
+
+def _init_of(lora: LoraConfig) -> str | None:
+    """How the adapter started, where that changed the base; nothing else depends on it later."""
+    return str(lora.init) if changes_base(lora.init) else None
 
 
 def restore(origin: Origin, plan: Plan, state: TrainState, store: CheckpointStore) -> TrainState:
@@ -106,4 +113,10 @@ def restore(origin: Origin, plan: Plan, state: TrainState, store: CheckpointStor
                 f"resume_from_checkpoint: {name} was {was.get(name)!r} in the checkpoint and is "
                 f"{now[name]!r} now; put it back, or start anew in another output_dir."
             )
-    return TrainState(restored["trainable"], restored["optimizer"], state.frozen, meta["step"])
+    return dataclasses.replace(
+        state,
+        trainable=restored["trainable"],
+        opt_state=restored["optimizer"],
+        step=meta["step"],
+        initial=restored.get("initial", {}),
+    )

@@ -18,7 +18,7 @@ from jaxlora.data.batches import Batches
 from jaxlora.data.prepare import Prepared, prepare
 from jaxlora.data.table import check_vocabulary
 from jaxlora.data.tokenizer import load_tokenizer, pad_id
-from jaxlora.lora import LoraConfig, Target, match
+from jaxlora.lora import LoraConfig, Target, changes_base, match
 from jaxlora.lora.transform import Adapter
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import ParamSpec, describe
@@ -50,6 +50,11 @@ class Model:
     adapter: Adapter | None
     transformer: Transformer
     placement: Placement
+
+    @property
+    def splits_base(self) -> bool:
+        """Whether the adapter starts as a part of the base (PiSSA, OLoRA, LoftQ)."""
+        return self.lora is not None and changes_base(self.lora.init)
 
 
 @dataclasses.dataclass(frozen=True)

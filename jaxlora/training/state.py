@@ -25,12 +25,21 @@ Progress = Callable[[int, int], None]
 
 @dataclasses.dataclass
 class TrainState:
-    """`trainable` is ``{"params": {path: array}, "adapter": {...}}``, float32; see `train.step`."""
+    """The arrays of a run.
+
+    Attributes:
+      trainable: ``{"params": {path: array}, "adapter": {...}}``, float32; see `training.step`.
+      opt_state: the optimizer's.
+      frozen: leaves that do not train.
+      step: steps taken.
+      initial: pairs that were split off the base, `frozen` being the rest; empty otherwise.
+    """
 
     trainable: Tree
     opt_state: Any
     frozen: Tree
     step: int = 0
+    initial: Tree = dataclasses.field(default_factory=dict)
 
 
 def load_weights(
@@ -50,6 +59,9 @@ def load_weights(
         spec = model.specs[path]
         return model.placement.weight(leaf, spec.axes, stacked=spec.layers is not None)
 
+    adapter, splitter, adapter_key = model.adapter, None, jax.random.fold_in(key, 1)
+    if adapter is None and model.splits_base:
+        splitter = lora.Splitter(model.targets, model.lora, adapter_key)
     if config.reinit_weights:
         fresh = flatten(init_params(model.cfg, key, dtype))
         leaves = {path: place(path, leaf) for path, leaf in fresh.items()}
@@ -60,14 +72,16 @@ def load_weights(
             dtype=dtype,
             quantization=quant_spec(config),
             place=place,
+            split=splitter,
             progress=progress,
         )
         leaves = flatten(params)
     if trains_all:
         return {"params": leaves, "adapter": {}}, {}
-    adapter = model.adapter
-    if adapter is None:
-        adapter = lora.init(unflatten(leaves), model.targets, jax.random.fold_in(key, 1))
+    if splitter is not None:
+        adapter = lora.with_magnitudes(unflatten(leaves), splitter.adapter(), model.targets)
+    elif adapter is None:
+        adapter = lora.init(unflatten(leaves), model.targets, adapter_key, model.lora.init)
     adapter = {
         path: model.placement.adapter(pair, model.specs[path].axes, stacked=True)
         for path, pair in adapter.items()
@@ -140,7 +154,20 @@ def init_optimizer(
 
 def saved(state: TrainState) -> Tree:
     """Returns the part of the state that a checkpoint holds."""
-    return {"trainable": state.trainable, "optimizer": state.opt_state}
+    kept = {"trainable": state.trainable, "optimizer": state.opt_state}
+    return kept | ({"initial": state.initial} if state.initial else {})
+
+
+def split_pairs(model: Model, adapter: Tree) -> Tree:
+    """Returns a copy of the pairs of a fresh adapter if they were split off the base, else {}.
+
+    The export subtracts them: what is trained is then an adapter for the base as it was.
+    """
+    if not model.splits_base:
+        return {}
+    return {
+        path: {part: jnp.copy(pair[part]) for part in ("a", "b")} for path, pair in adapter.items()
+    }
 
 
 def bytes_on_devices(tree: Any) -> int:
