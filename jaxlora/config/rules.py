@@ -127,15 +127,23 @@ def _adapter(config: Config) -> Iterator[Problem]:
         text = "an adapter on random weights learns nothing; remove adapter or reinit_weights"
         yield Problem(("reinit_weights",), text, ("adapter",))
     targets = config.lora_target_modules
-    if isinstance(targets, str):
-        try:
-            re.compile(targets)
-        except re.error as error:
-            yield Problem(("lora_target_modules",), f"not a regular expression: {error}")
+    for key in ("lora_target_modules", "lora_exclude_modules"):
+        if isinstance(rule := getattr(config, key), str):
+            yield from _expression(key, rule)
+    for key in ("lora_rank_pattern", "lora_alpha_pattern"):
+        for pattern in getattr(config, key):
+            yield from _expression(key, pattern)
     plain = targets is None or targets == "all-linear" or set(targets) <= set(_PROJECTIONS)
     if config.lora_target_linear and not plain:
         text = "set it or lora_target_linear, not both"
         yield Problem(("lora_target_modules",), text, ("lora_target_linear",))
+
+
+def _expression(key: str, text: str) -> Iterator[Problem]:
+    try:
+        re.compile(text)
+    except re.error as error:
+        yield Problem((key,), f"not a regular expression: {error}")
 
 
 def _start(config: Config) -> Iterator[Problem]:

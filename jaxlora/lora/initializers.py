@@ -99,7 +99,7 @@ def _both_uniform(key, a_shape, b_shape, rank):
 
 def _orthogonal(key, a_shape, b_shape, rank):
     """Rows of one orthogonal matrix, even ones for A and odd ones for B, so that A B = 0."""
-    *lead, in_dim, largest = a_shape
+    *_, in_dim, largest = a_shape
     a, b = [], []
     for layer, r in enumerate(rank.ravel()):
         keys = jax.random.split(jax.random.fold_in(key, layer), 3)

@@ -101,7 +101,7 @@ def split_tree(
     kept = {}
     for path, target in targets.items():
         leaf = leaves[path]
-        lead, in_dim, out_dim = matrix_shape(leaf, target)
+        _, in_dim, out_dim = matrix_shape(leaf, target)
         matrices = np.asarray(materialize(leaf, jnp.float32)).reshape(-1, in_dim, out_dim)
         parts = [splitter(path, layer, m, lambda x: x) for layer, m in enumerate(matrices)]
         kept[path] = jnp.asarray(np.stack(parts).reshape(leaf.shape), leaf.dtype)

@@ -53,9 +53,7 @@ def export_weights(config: Config, model: Model, state: Tree, folder: Path) -> N
     adapter, targets, options = trainable["adapter"], model.targets, model.lora
     storage = quant_spec(config)
     if "initial" in state:
-        adapter, targets, options = lora.as_difference(
-            adapter, state["initial"], targets, options
-        )
+        adapter, targets, options = lora.as_difference(adapter, state["initial"], targets, options)
         storage = None  # what was quantized was the rest of the base, which nobody else has
     save_adapter(
         folder,

@@ -41,6 +41,12 @@ def test_optimizer_names_have_one_meaning(name, canonical):
             {"load_in_4bit": True, "bnb_config_kwargs": {"bnb_4bit_use_double_quant": False}},
             Quantization("nf4", False),
         ),
+        ({"peft": {"loftq_config": {"loftq_bits": 4}}}, Quantization("nf4", True)),
+        ({"peft": {"loftq_config": {"loftq_bits": 8}}}, Quantization("int8", False)),
+        (
+            {"peft": {"loftq_config": {}}, "quantization": "int4"},
+            Quantization("int4", False),
+        ),
     ],
 )
 def test_quantization_follows_from_the_keys(values, plan):

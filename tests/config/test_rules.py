@@ -6,6 +6,7 @@ from jaxlora.core.errors import UserError
 
 QLORA = LORA | {"adapter": "qlora", "load_in_4bit": True}
 HELD_OUT = {"val_set_size": 0.1}
+LOFTQ = {"peft": {"loftq_config": {"loftq_bits": 4}}}
 CONFLICTS = [
     ("val_set_size", {"val_set_size": 1.5}),
     ("val_set_size", HELD_OUT | {"test_datasets": MINIMAL["datasets"]}),
@@ -46,6 +47,14 @@ CONFLICTS = [
         "bnb_config_kwargs",
         QLORA | {"quantization": "int4", "bnb_config_kwargs": {"bnb_4bit_quant_type": "nf4"}},
     ),
+    ("lora_exclude_modules", LORA | {"lora_exclude_modules": "("}),
+    ("lora_rank_pattern", LORA | {"lora_rank_pattern": {"(": 4}}),
+    ("lora_alpha_pattern", LORA | {"lora_alpha_pattern": {"[": 4}}),
+    ("peft_init_lora_weights", LORA | {"peft_init_lora_weights": "pisa"}),
+    ("peft_init_lora_weights", LORA | {"peft_init_lora_weights": "orthogonal", "lora_r": 7}),
+    ("peft_init_lora_weights", LORA | {"peft_init_lora_weights": "loftq"}),
+    ("peft", LORA | LOFTQ | {"peft_init_lora_weights": "pissa"}),
+    ("peft.loftq_config.loftq_bits", LORA | LOFTQ | {"load_in_8bit": True}),
     ("optimizer", {"optimizer": "galore_adamw"}),
     ("remat", {"remat": "none", "gradient_checkpointing": True}),
     ("remat", {"remat": "full", "gradient_checkpointing": False}),
@@ -79,6 +88,11 @@ def test_conflict_is_refused_in_one_line_naming_the_key(key, values):
         {"val_set_size": 100},
         {"chat_template": "jinja", "chat_template_jinja": "{{ messages }}"},
         {"remat": "full", "gradient_checkpointing": True},
+        LORA | LOFTQ,
+        LORA | LOFTQ | {"peft_init_lora_weights": "loftq", "quantization": "int4"},
+        QLORA | {"peft_init_lora_weights": "pissa_niter_16"},
+        LORA | {"peft_init_lora_weights": False},
+        LORA | {"peft_init_lora_weights": True, "peft": None},
     ],
 )
 def test_what_agrees_is_accepted(values):

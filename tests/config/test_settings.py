@@ -16,6 +16,15 @@ def test_adapter_options_reach_the_lora_floor():
     assert (lora.target_modules, lora.layers_to_transform) == (("k_proj",), (3,))
     assert lora.use_rslora
     assert lora.use_dora
+    assert lora.init is True
+    extra = {"lora_rank_pattern": {"q_proj": 4}, "lora_alpha_pattern": {"v_proj": 2}}
+    extra |= {"lora_exclude_modules": "lm_head", "peft_init_lora_weights": "gaussian"}
+    lora = lora_config(load_config(LORA | extra))
+    assert (lora.rank_pattern, lora.alpha_pattern) == ({"q_proj": 4}, {"v_proj": 2})
+    assert (lora.exclude_modules, lora.init) == ("lm_head", "gaussian")
+    loftq = {"peft": {"loftq_config": {"loftq_bits": 8, "loftq_iter": 3}}}
+    lora = lora_config(load_config(LORA | loftq))
+    assert (lora.init, lora.loftq_iter) == ("loftq", 3)
     assert lora_config(load_config(MINIMAL)) is None
 
 

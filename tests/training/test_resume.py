@@ -18,6 +18,7 @@ METHODS = {
     "lora": {"lora_dropout": 0.2},
     "int4": {"adapter": "qlora", "quantization": "int4", "lora_dropout": 0.2},
     "full": FULL,
+    "pissa": {"adapter": "qlora", "quantization": "nf4", "peft_init_lora_weights": "pissa"},
 }
 # Held-out rows, packing, accumulation and two epochs: all that could fall out of step.
 RUN = {
