@@ -84,8 +84,8 @@ _REFUSED = {
         fix_untrained_tokens""",
     "not available; use adapter or train every weight": """unfrozen_parameters
         lora_modules_to_save""",
-    "not available; learning_rate holds for every weight": """loraplus_lr_ratio
-        loraplus_lr_embedding lr_groups embedding_lr embedding_lr_scale""",
+    "not available; learning_rate holds for every weight": """lr_groups embedding_lr
+        embedding_lr_scale""",
     "not available; leave it out": """s2_attention neftune_noise_alpha relora jagged_restart_steps
         jagged_restart_warmup_steps jagged_restart_anneal_steps lisa_n_layers use_eaft
         cosine_constant_lr_ratio lr_quadratic_warmup lr_scheduler_kwargs optim_args
@@ -158,8 +158,6 @@ _INERT: Mapping[str, Any] = {
     "context_parallel_size": 1,
     "sequence_parallel_degree": 1,
     "expert_parallel_size": 1,
-    # Axolotl's own default; it has no effect without loraplus_lr_ratio.
-    "loraplus_lr_embedding": 1e-6,
 }
 
 # Plugins that only make the same computation faster on NVIDIA GPUs.

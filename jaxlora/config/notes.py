@@ -43,7 +43,7 @@ def _training(config: Config) -> Iterator[str]:
 def _adapter(config: Config) -> Iterator[str]:
     if config.adapter is None:
         for key in sorted(config.model_fields_set):
-            if key.startswith(("lora_", "peft_")) and getattr(config, key):
+            if key.startswith(("lora_", "loraplus_", "peft_")) and getattr(config, key):
                 yield f"{key}: no effect: adapter is not set"
         return
     if config.peft_init_lora_weights is False:

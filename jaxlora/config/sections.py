@@ -144,6 +144,10 @@ class TrainingKeys(Section):
     """Steps; with `num_epochs`, whichever ends first."""
     learning_rate: Positive = Field(le=10)
     """Highest learning rate."""
+    loraplus_lr_ratio: Positive | None = None
+    """Multiplies the learning rate of B (LoRA+); 16 is a common value."""
+    loraplus_lr_embedding: Positive = 1e-6
+    """Learning rate of adapters on embeddings, with `loraplus_lr_ratio`."""
     optimizer: Text = "adamw_torch_fused"
     """Any adamw name, lion, sgd, adafactor or muon."""
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"

@@ -72,6 +72,7 @@ def make_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     max_grad_norm: float | None = 1.0,
+    rates: Any = None,
 ) -> optax.GradientTransformation:
     """Returns the named optimizer behind clipping by the global gradient norm.
 
@@ -83,6 +84,7 @@ def make_optimizer(
       weight_decay: decoupled decay (Loshchilov and Hutter 2019), times the learning rate.
       betas, eps: Adam's and Lion's.
       max_grad_norm: None or 0 switches clipping off.
+      rates: multiple of the schedule's learning rate for each leaf; None: the same for all.
     """
     if name not in OPTIMIZERS:
         raise UserError(
@@ -90,6 +92,15 @@ def make_optimizer(
             f"{did_you_mean(name, OPTIMIZERS)}"
         )
     optimizer = OPTIMIZERS[name](schedule, weight_decay, betas, eps, decayed, matrices)
+    if rates is not None:
+        optimizer = optax.chain(optimizer, _scale_by_leaf(rates))
     if not max_grad_norm:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), optimizer)
+
+
+def _scale_by_leaf(rates: Any) -> optax.GradientTransformation:
+    """Multiplies each leaf's update, decay included: all of them are linear in the rate."""
+    return optax.stateless(
+        lambda updates, _: jax.tree.map(lambda rate, update: rate * update, rates, updates)
+    )

@@ -69,6 +69,8 @@ def identity(plan: Plan) -> dict[str, Any]:
         "optimizer": derived.optimizer(config),
         "learning_rate": config.learning_rate,
         "lr_scheduler": config.lr_scheduler,
+        "loraplus_lr_ratio": config.loraplus_lr_ratio,
+        "loraplus_lr_embedding": config.loraplus_lr_ratio and config.loraplus_lr_embedding,
         "cosine_min_lr_ratio": config.cosine_min_lr_ratio,
         "warmup_steps": derived.warmup_steps(config, plan.total_steps),
         "weight_decay": config.weight_decay,

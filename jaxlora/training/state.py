@@ -127,8 +127,33 @@ def make_tx(
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         max_grad_norm=config.max_grad_norm,
+        rates=_loraplus_rates(config, trainable, specs),
     )
     return optimizer, schedule
+
+
+def _loraplus_rates(
+    config: Config, trainable: Tree, specs: Mapping[str, ParamSpec]
+) -> Tree | None:
+    """Multiples of the learning rate (LoRA+, Hayou et al. 2024), grouped as PEFT does.
+
+    B and every vector learn faster; an adapter of an embedding has a rate of its own.
+    """
+    if config.loraplus_lr_ratio is None:
+        return None
+    ratio = config.loraplus_lr_ratio
+
+    def of_pair(path: str, pair: Tree) -> dict[str, float]:
+        if specs[path].kind == "embedding":
+            return dict.fromkeys(pair, config.loraplus_lr_embedding / config.learning_rate)
+        return {part: 1.0 if part == "a" else ratio for part in pair}
+
+    return {
+        "params": {
+            path: ratio if len(specs[path].shape) == 1 else 1.0 for path in trainable["params"]
+        },
+        "adapter": {path: of_pair(path, pair) for path, pair in trainable["adapter"].items()},
+    }
 
 
 def init_optimizer(

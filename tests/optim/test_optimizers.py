@@ -163,3 +163,14 @@ def test_clipping_can_be_switched_off(off):
 def test_an_unknown_name_is_refused_with_the_nearest():
     with pytest.raises(UserError, match=r"'adam' is unknown.*adamw"):
         make("adam", {"a": jnp.zeros(3)})
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_leaf_with_a_multiple_of_the_rate_moves_by_that_multiple(name):
+    params = {"a": random(6, 4), "b": random(4, 5, seed=1)}
+    gradient = {"a": random(6, 4, seed=2), "b": random(4, 5, seed=3)}
+    options = {"weight_decay": 0.1, "max_grad_norm": 0.5}
+    plain = one_update(name, params, gradient, **options)
+    scaled = one_update(name, params, gradient, **options, rates={"a": 1.0, "b": 16.0})
+    np.testing.assert_array_equal(scaled["a"], plain["a"])
+    np.testing.assert_array_equal(scaled["b"], 16 * plain["b"])  # a power of two: exact

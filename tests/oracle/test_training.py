@@ -64,13 +64,23 @@ def config(tmp_path_factory, write_tiny_llama):
 
 
 def torch_losses(config, plan, start):
+    from peft.optimizers import create_loraplus_optimizer
     from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
     base = AutoModelForCausalLM.from_pretrained(config.base_model, dtype=torch.float32)
     model = peft.PeftModel.from_pretrained(base, start, is_trainable=True)
     model.eval()  # no dropout anyway; trained all the same
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=config.weight_decay)
+    if config.loraplus_lr_ratio is None:
+        optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=config.weight_decay)
+    else:
+        optimizer = create_loraplus_optimizer(
+            model,
+            torch.optim.AdamW,
+            lr=RATE,
+            loraplus_lr_ratio=config.loraplus_lr_ratio,
+            loraplus_weight_decay=config.weight_decay,
+        )
     scheduler = get_cosine_schedule_with_warmup(optimizer, WARMUP, STEPS)
     losses, norms = [], []
     for step in range(STEPS):
@@ -94,7 +104,16 @@ def torch_losses(config, plan, start):
     return np.array(losses), np.array(norms)
 
 
-def test_the_first_losses_equal_transformers_and_peft(config, tmp_path):
+VARIANTS = {
+    "lora": {},
+    "lora+": {"loraplus_lr_ratio": 16.0},
+    "dora+": {"loraplus_lr_ratio": 4.0, "peft_use_dora": True, "weight_decay": 0.0},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_first_losses_equal_transformers_and_peft(config, tmp_path, variant):
+    config = config.model_copy(update={**VARIANTS[variant], "output_dir": str(tmp_path / "out")})
     plan = make_plan(config)
     trainable, _ = load_weights(config, plan.model)
     adapter, targets, options = trainable["adapter"], plan.model.targets, plan.model.lora
