@@ -51,7 +51,8 @@ def load_weights(
       UserError: missing, leftover, misshapen or damaged tensors.
     """
     key = jax.random.key(config.seed)
-    trains_all = model.lora is None
+    lora_config = model.lora
+    trains_all = lora_config is None
     # What trains is kept in float32: bfloat16 cannot hold a small update of a large weight.
     dtype = jnp.float32 if trains_all else model.transformer.dtype
 
@@ -60,8 +61,8 @@ def load_weights(
         return model.placement.weight(leaf, spec.axes, stacked=spec.layers is not None)
 
     adapter, splitter, adapter_key = model.adapter, None, jax.random.fold_in(key, 1)
-    if adapter is None and model.splits_base:
-        splitter = lora.Splitter(model.targets, model.lora, adapter_key)
+    if adapter is None and lora_config is not None and model.splits_base:
+        splitter = lora.Splitter(model.targets, lora_config, adapter_key)
     if config.reinit_weights:
         fresh = flatten(init_params(model.cfg, key, dtype))
         leaves = {path: place(path, leaf) for path, leaf in fresh.items()}
@@ -81,7 +82,7 @@ def load_weights(
     if splitter is not None:
         adapter = lora.with_magnitudes(unflatten(leaves), splitter.adapter(), model.targets)
     elif adapter is None:
-        adapter = lora.init(unflatten(leaves), model.targets, adapter_key, model.lora.init)
+        adapter = lora.init(unflatten(leaves), model.targets, adapter_key, lora_config.init)
     adapter = {
         path: model.placement.adapter(pair, model.specs[path].axes, stacked=True)
         for path, pair in adapter.items()
@@ -132,9 +133,7 @@ def make_tx(
     return optimizer, schedule
 
 
-def _loraplus_rates(
-    config: Config, trainable: Tree, specs: Mapping[str, ParamSpec]
-) -> Tree | None:
+def _loraplus_rates(config: Config, trainable: Tree, specs: Mapping[str, ParamSpec]) -> Tree | None:
     """Multiples of the learning rate (LoRA+, Hayou et al. 2024), grouped as PEFT does.
 
     B and every vector learn faster; an adapter of an embedding has a rate of its own.

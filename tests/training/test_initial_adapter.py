@@ -15,7 +15,7 @@ from jaxlora.core.errors import UserError
 from jaxlora.generation.probe import probe_logits
 from jaxlora.models.parameters import describe
 from jaxlora.training import loop
-from jaxlora.training.export import export_checkpoint
+from jaxlora.training.export import export
 from jaxlora.training.step import weights
 
 INT4 = {"adapter": "qlora", "quantization": "int4"}
@@ -36,12 +36,12 @@ def last_state(monkeypatch):
     """``last_state()``: the `TrainState` of the last run, as exported."""
     seen = []
 
-    def export(config, model, state, folder):
+    def exported(config, model, state, folder):
         seen[:] = [state, model]
         return write(config, model, state, folder)
 
     write = loop.export_weights
-    monkeypatch.setattr(loop, "export_weights", export)
+    monkeypatch.setattr(loop, "export_weights", exported)
     return seen
 
 
@@ -91,7 +91,7 @@ def test_a_quantized_base_starts_nearer_to_the_plain_one(run):
 def test_a_checkpoint_exports_the_same_adapter_without_the_weights(run, tmp_path, monkeypatch):
     result = run(peft_init_lora_weights="pissa", save_strategy=None, save_steps=6)
     monkeypatch.setattr("jaxlora.checkpoints.load.load_params", None)
-    assert export_checkpoint(result.output_dir, tmp_path / "again") == 6
+    assert export(result.output_dir, tmp_path / "again") == 6
     ours = load_file(result.output_dir / "adapter_model.safetensors")
     again = load_file(tmp_path / "again" / "adapter_model.safetensors")
     assert ours.keys() == again.keys()
