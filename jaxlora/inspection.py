@@ -7,11 +7,11 @@ from pathlib import Path
 
 from jaxlora.checkpoints import hub
 from jaxlora.checkpoints.adapter_files import open_adapter
+from jaxlora.checkpoints.gguf_files import gguf_file, open_weights
 from jaxlora.checkpoints.load import check_weights, read_model_config
 from jaxlora.checkpoints.peft_config import CONFIG_FILE
 from jaxlora.checkpoints.store import CheckpointStore, locate
 from jaxlora.checkpoints.tensor_view import Tensors
-from jaxlora.checkpoints.tensors import TensorFiles
 from jaxlora.core.errors import UserError
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import ParamSpec, describe
@@ -36,7 +36,7 @@ def inspect(path: str | Path) -> Rows:
     rows: Rows = []
     if (folder / CONFIG_FILE).is_file():
         rows += _adapter(folder)
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() or gguf_file(folder) is not None:
         rows += _model(folder)
     for store_folder in (folder / "checkpoints", folder):
         checkpoints = CheckpointStore(store_folder)
@@ -55,7 +55,7 @@ def _model(folder: Path) -> Rows:
     cfg, raw = read_model_config(folder)
     specs = describe(cfg)
     check_weights(folder, cfg)
-    files = TensorFiles(folder)
+    files = open_weights(folder)
     total = sum(spec.size for spec in specs.values())
     linear = sum(spec.size for spec in specs.values() if spec.kind == "linear")
     names = sorted({name.rpartition(".")[2] for name in _linear_modules(specs)})

@@ -11,10 +11,11 @@ import numpy as np
 
 from jaxlora import lora
 from jaxlora.checkpoints.fingerprint import base_fingerprint
+from jaxlora.checkpoints.gguf_files import open_weights
 from jaxlora.checkpoints.load import QuantSpec, load_params, read_model_config
 from jaxlora.checkpoints.peft import load_adapter, trained_storage
 from jaxlora.checkpoints.save import save_model
-from jaxlora.checkpoints.tensors import FLOAT_DTYPES, TensorFiles
+from jaxlora.checkpoints.tensors import FLOAT_DTYPES
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree, flatten, unflatten
 from jaxlora.generation.model import locate
@@ -205,6 +206,6 @@ def _difference(one: np.ndarray, other: np.ndarray) -> LogitDifference:
 
 
 def _stored_dtype(base: Path) -> str:
-    infos = TensorFiles(base).info.values()
-    first = next(info for info in infos if info.dtype in FLOAT_DTYPES)
-    return jnp.dtype(FLOAT_DTYPES[first.dtype]).name
+    infos = [info for info in open_weights(base).info.values() if info.dtype in FLOAT_DTYPES]
+    largest = max(infos, key=lambda info: info.size)  # norms are often stored in float32
+    return jnp.dtype(FLOAT_DTYPES[largest.dtype]).name

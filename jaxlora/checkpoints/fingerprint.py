@@ -6,7 +6,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from jaxlora.checkpoints.tensors import FLOAT_DTYPES, TensorFiles
+from jaxlora.checkpoints.gguf_files import open_weights
+from jaxlora.checkpoints.tensors import FLOAT_DTYPES
 
 # Copies and leftovers that come and go when a model is saved again.
 _UNSTABLE = ("lm_head.weight", "rotary_emb.inv_freq", "self_attn.masked_bias")
@@ -23,7 +24,7 @@ def base_fingerprint(folder: Path) -> str:
     Raises:
       UserError: the weights cannot be read.
     """
-    files = TensorFiles(folder)
+    files = open_weights(folder)
     digest = hashlib.sha256()
     for name in sorted(files.info):
         info = files.info[name]

@@ -17,7 +17,7 @@ def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
     """Returns the local folder of a model or adapter, downloading it if it is a hub id.
 
     Args:
-      path_or_id: a folder, else ``owner/name`` on the hub.
+      path_or_id: a folder, a GGUF file (which is returned), else ``owner/name`` on the hub.
       revision: branch, tag or commit on the hub; ignored for a folder.
 
     Raises:
@@ -27,8 +27,12 @@ def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
     folder = Path(text).expanduser()
     if text and folder.is_dir():
         return folder
+    if text and folder.is_file() and folder.suffix == ".gguf":
+        return folder
     if text and folder.exists():
-        raise UserError(f"{text} is a file; expected the folder that holds it, or a hub id.")
+        raise UserError(
+            f"{text} is a file; expected the folder that holds it, a GGUF file, or a hub id."
+        )
     if not _HUB_ID.fullmatch(text):
         raise UserError(
             f"{text}: no such folder (it looks like a path, so it was not looked up on the hub); "

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxlora.checkpoints.gguf_files import gguf_config, gguf_file, open_weights
 from jaxlora.checkpoints.json_files import read_json_object
-from jaxlora.checkpoints.tensors import FLOAT_DTYPES, TensorFiles
+from jaxlora.checkpoints.tensor_view import Tensors
+from jaxlora.checkpoints.tensors import FLOAT_DTYPES
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree, unflatten
 from jaxlora.lora.initializers import Store
@@ -52,8 +54,12 @@ def read_model_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     Raises:
       UserError: no config.json, bad JSON, an unsupported model, or prequantized weights.
     """
-    path = Path(folder) / "config.json"
-    raw = read_json_object(path, "expected a model folder in Hugging Face's layout")
+    file = gguf_file(folder)
+    path = file or Path(folder) / "config.json"
+    if file is not None:
+        raw = gguf_config(file)
+    else:
+        raw = read_json_object(path, "expected a model folder in Hugging Face's layout")
     quantized = raw.get("quantization_config")
     if quantized:
         method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
@@ -102,7 +108,7 @@ def load_params(
     Raises:
       UserError: missing, leftover or misshapen tensors (found before any is read), damaged files.
     """
-    files = TensorFiles(folder)
+    files = open_weights(folder)
     specs = describe(cfg)
     sources = _check(files, specs, cfg)
     total, done = sum(spec.size for spec in specs.values()), 0
@@ -130,10 +136,10 @@ def check_weights(folder: Path, cfg: ModelConfig) -> None:
     Raises:
       UserError: missing, leftover or misshapen tensors, damaged files.
     """
-    _check(TensorFiles(folder), describe(cfg), cfg)
+    _check(open_weights(folder), describe(cfg), cfg)
 
 
-def _read(files: TensorFiles, names: tuple[str, ...], spec: ParamSpec, store: Store) -> Any:
+def _read(files: Tensors, names: tuple[str, ...], spec: ParamSpec, store: Store) -> Any:
     """One matrix ``[in, out]`` as it is to be stored."""
     tensors = [files.read(name) for name in names]
     if spec.transposed:
@@ -184,7 +190,7 @@ def _copy(target: np.ndarray, source: np.ndarray) -> None:
 
 
 def _check(
-    files: TensorFiles, specs: Mapping[str, ParamSpec], cfg: ModelConfig
+    files: Tensors, specs: Mapping[str, ParamSpec], cfg: ModelConfig
 ) -> dict[str, Sources]:
     """Compares names, shapes and dtypes with the model before anything is read.
 
@@ -225,7 +231,7 @@ def _without(prefix: str, sources: Sources) -> Sources:
     return {at: tuple(name.removeprefix(prefix) for name in names) for at, names in sources.items()}
 
 
-def _check_missing(files: TensorFiles, expected: list[str], head: str) -> None:
+def _check_missing(files: Tensors, expected: list[str], head: str) -> None:
     missing = [name for name in expected if name not in files.info]
     if missing:
         hint = "" if missing != [head] else " (tie_word_embeddings: true, if it shares them)"
@@ -235,7 +241,7 @@ def _check_missing(files: TensorFiles, expected: list[str], head: str) -> None:
         )
 
 
-def _check_shapes(files: TensorFiles, expected: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(files: Tensors, expected: Mapping[str, tuple[int, ...]]) -> None:
     for name, shape in expected.items():
         info = files.info[name]
         if info.shape != shape:
@@ -250,7 +256,7 @@ def _check_shapes(files: TensorFiles, expected: Mapping[str, tuple[int, ...]]) -
             )
 
 
-def _settle_tied_head(files: TensorFiles, sources: dict[str, Sources], head: str) -> None:
+def _settle_tied_head(files: Tensors, sources: dict[str, Sources], head: str) -> None:
     """A tied model may be stored as the embedding, as the head, or as both, which must agree."""
     ((embedding,),) = sources["embed/embedding"].values()
     if embedding not in files.info:

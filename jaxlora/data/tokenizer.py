@@ -45,18 +45,23 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     folder = Path(path).expanduser()
-    if folder.is_dir() and not any((folder / name).is_file() for name in _FILES):
+    gguf = _gguf_file(folder)
+    if gguf is None and folder.is_dir() and not any((folder / name).is_file() for name in _FILES):
         raise UserError(f"{path}: holds no tokenizer; expected one of {', '.join(_FILES)}.")
     if not folder.is_dir() and str(path).startswith((".", "/", "~")):
         raise UserError(f"{path}: there is no such folder to load a tokenizer from.")
     source = str(folder) if folder.is_dir() else str(path)
+    options: dict[str, Any] = {"revision": revision or "main"}
+    if gguf is not None:
+        source, options = str(gguf.parent), {"gguf_file": gguf.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=revision or "main", trust_remote_code=False, use_fast=True
+            source, trust_remote_code=False, use_fast=True, **options
         )
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: its tokenizer cannot be loaded: {reason}") from error
+        advice = "" if gguf is None else " (set tokenizer_config to the original model's folder)"
+        raise UserError(f"{path}: its tokenizer cannot be loaded{advice}: {reason}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{path}: has no fast tokenizer; a tokenizer.json is needed.")
     named = {name: text for name, text in (special_tokens or {}).items() if text is not None}
@@ -67,6 +72,16 @@ def load_tokenizer(
     if named:
         tokenizer.add_special_tokens(named)
     return tokenizer
+
+
+def _gguf_file(path: Path) -> Path | None:
+    """The GGUF file that `path` is, or the only one in a folder without tokenizer files."""
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    if not path.is_dir() or any((path / name).is_file() for name in _FILES):
+        return None
+    found = list(path.glob("*.gguf"))
+    return found[0] if len(found) == 1 else None
 
 
 def template_text(tokenizer: Any, choice: str | None = None) -> str:
