@@ -189,9 +189,7 @@ def _copy(target: np.ndarray, source: np.ndarray) -> None:
             target[tile] = source[tile]
 
 
-def _check(
-    files: Tensors, specs: Mapping[str, ParamSpec], cfg: ModelConfig
-) -> dict[str, Sources]:
+def _check(files: Tensors, specs: Mapping[str, ParamSpec], cfg: ModelConfig) -> dict[str, Sources]:
     """Compares names, shapes and dtypes with the model before anything is read.
 
     Returns:
