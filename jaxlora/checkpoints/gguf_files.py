@@ -58,7 +58,9 @@ class GgufFile:
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.types = {name: tensor.tensor_type.name for name, tensor in self._tensors.items()}
         self.fields: dict[str, Any] = {
-            key: field.contents() for key, field in reader.fields.items() if len(field.types) == 1
+            key: _plain(field.contents())
+            for key, field in reader.fields.items()
+            if len(field.types) == 1
         }
         if self.fields.get("split.count", 0) > 1:
             raise UserError(
@@ -89,6 +91,11 @@ class GgufFile:
         if kind in _FLOATS:
             return np.array(data)
         return gguf.quants.dequantize(np.array(data), tensor.tensor_type)
+
+
+def _plain(value: Any) -> Any:
+    """A float as it was written before the file made it a float32: 1e-05, not 9.9999997e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
 def _open(file: Path) -> Any:

@@ -1,0 +1,88 @@
+"""GGUF files beside transformers: the same model in safetensors, and transformers' own reading."""
+
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "checkpoints"))
+from gguf_writing import gguf_weights, write_gguf
+
+from jaxlora.checkpoints.load import load_params, read_model_config
+from jaxlora.generation.probe import probe_logits, probe_tokens
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("gguf")
+
+# float32, 3 layers, logits of standard deviation about 1: order of sums. Measured 1e-6 to 6e-6;
+# rows in the wrong order or a norm without its offset cost 0.1 and more.
+TOLERANCE = 2e-5
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
+GEMMA = {"head_dim": 32, "tie_word_embeddings": True}
+SOFTCAPS = [
+    ("add_attn_logit_softcapping", 50.0),
+    ("add_final_logit_softcapping", 30.0),
+    ("add_sliding_window", 8),
+]
+FAMILIES = {
+    "Llama": ("llama", {}, []),
+    "Mistral": ("llama", {"head_dim": 32, "sliding_window": None}, []),
+    "Qwen2": ("qwen2", {}, []),
+    "Qwen3": ("qwen3", {"head_dim": 32}, []),
+    "Gemma": ("gemma", GEMMA, []),
+    "Gemma2": (
+        "gemma2",
+        {**GEMMA, "sliding_window": 8, "query_pre_attn_scalar": 32, "attn_implementation": "eager"},
+        SOFTCAPS,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_float32_file_has_the_logits_of_transformers(make_pair, tmp_path, name):
+    architecture, changes, more = FAMILIES[name]
+    pair = make_pair(name, 0, **{**SIZES, **changes})
+    config = pair.torch_model.config.to_dict()
+    weights = {key: values.numpy() for key, values in pair.torch_model.state_dict().items()}
+    if config["tie_word_embeddings"]:
+        weights.pop("lm_head.weight")
+    stored = gguf_weights(config, weights, architecture)
+    config["rope_theta"] = pair.cfg.rope_theta
+    file = write_gguf(
+        tmp_path / "m.gguf", config, stored, "F32", architecture=architecture, more=more
+    )
+    cfg, _ = read_model_config(file)
+    logits = probe_logits(cfg, load_params(file, cfg, dtype=jnp.float32))
+    np.testing.assert_allclose(logits, pair.torch_logits(probe_tokens(cfg)), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0"])
+def test_logits_are_those_of_transformers_reading_the_same_file(make_pair, tmp_path, kind):
+    from transformers import AutoModelForCausalLM
+
+    pair = make_pair("Llama", 1, **{**SIZES, "head_dim": 16})
+    config = pair.torch_model.config.to_dict() | {"rope_theta": pair.cfg.rope_theta}
+    weights = {key: values.numpy() for key, values in pair.torch_model.state_dict().items()}
+    more = [("add_name", "m"), ("add_vocab_size", 96), ("add_rope_dimension_count", 16)]
+    stored = gguf_weights(config, weights)
+    file = write_gguf(tmp_path / "m.gguf", config, stored, kind, more=more)
+    reference = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype=torch.float32
+    ).eval()
+    cfg, _ = read_model_config(file)
+    logits = probe_logits(cfg, load_params(file, cfg, dtype=jnp.float32))
+    with torch.no_grad():
+        expected = reference(torch.from_numpy(probe_tokens(cfg))).logits.numpy()
+    np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
+    assert np.abs(expected - pair.torch_logits(probe_tokens(cfg))).max() > TOLERANCE
