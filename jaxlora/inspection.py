@@ -57,7 +57,7 @@ def _model(folder: Path) -> Rows:
     check_weights(folder, cfg)
     files = open_weights(folder)
     total = sum(spec.size for spec in specs.values())
-    linear = sum(spec.size for spec in specs.values() if spec.kind == "linear")
+    linear = sum(spec.size for spec in specs.values() if spec.kind in ("linear", "experts"))
     names = sorted({name.rpartition(".")[2] for name in _linear_modules(specs)})
     sizes = ", ".join(
         f"{form} {_bytes((linear * bits + (total - linear) * 16) / 8)}"

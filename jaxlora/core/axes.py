@@ -1,7 +1,7 @@
 """Logical axis names of parameters and activations; `jaxlora.parallel` maps them to a mesh.
 
 Einsum letters used in the code: B batch, T query position, S key position, D embed, N query heads,
-K key-value heads, G = N / K, H head_dim, F mlp, V vocab, R LoRA rank, L layers.
+K key-value heads, G = N / K, H head_dim, F mlp, V vocab, E experts, R LoRA rank, L layers.
 """
 
 BATCH = "batch"
@@ -14,3 +14,4 @@ VOCAB = "vocab"
 LAYERS = "layers"
 HEAD_DIM = "head_dim"
 POSITIONS = "positions"
+EXPERT = "expert"

@@ -4,6 +4,7 @@ from flax import nnx
 
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.layers import Attention, Mlp, Norm
+from jaxlora.models.moe import MixtureOfExperts
 from jaxlora.models.stacks import LayerShape
 
 
@@ -23,7 +24,7 @@ class Block(nnx.Module):
         )
         self.mlp_in_norm, self.mlp_out_norm = norm("mlp_in"), norm("mlp_out")
         self.attention = Attention(cfg)
-        self.mlp = Mlp(cfg)
+        self.mlp = MixtureOfExperts(cfg) if shape.experts else Mlp(cfg)
 
     def __call__(self, x, angles, mask, cache, index):
         scale, into = self.cfg.residual_scale, _through(self.attention_in_norm, x)

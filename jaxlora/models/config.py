@@ -2,7 +2,45 @@
 
 import dataclasses
 
+from jaxlora.ops.experts import Routing
 from jaxlora.ops.rope import RopeScaling
+
+
+@dataclasses.dataclass(frozen=True)
+class Moe:
+    """A mixture of experts in place of the MLP (Shazeer et al. 2017).
+
+    Attributes:
+      layers: the layers that have one; the others have the MLP of `ModelConfig`.
+      num_experts: experts E of a layer.
+      mlp_dim: width F of an expert.
+      routing: how tokens choose experts.
+      router_bias: whether the router has a bias.
+      correction: whether each expert has a number that is added to its score for the choice only
+        (DeepSeek-V3 balances the load with it; it is no trained weight).
+      shared_dim: width of an MLP that every token passes besides, 0 for none.
+      shared_gate: whether that MLP's output is multiplied by a gate of its own, a sigmoid.
+      bias: whether the experts have biases.
+      transposed: whether Hugging Face stores the experts' matrices ``[out, in]``.
+      interleaved: whether gate and up alternate along the columns, rather than one after the other.
+      clamp: gate and up are cut off at this size before they are multiplied, gpt-oss' way
+        (`jaxlora.ops.activations.clamped_swiglu`); None for the activation of `ModelConfig`.
+      gain: of the sigmoid there.
+    """
+
+    layers: tuple[int, ...]
+    num_experts: int
+    mlp_dim: int
+    routing: Routing
+    router_bias: bool = False
+    correction: bool = False
+    shared_dim: int = 0
+    shared_gate: bool = False
+    bias: bool = False
+    transposed: bool = True
+    interleaved: bool = False
+    clamp: float | None = None
+    gain: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +85,7 @@ class ModelConfig:
       activation: key of `jaxlora.ops.activations.ACTIVATIONS`.
       mlp_gated: ``down(act(gate(x)) * up(x))``, else ``down(act(up(x)))``.
       mlp_fused: gate and up are one projection.
+      moe: mixture of experts, None for an MLP in every layer.
       conv1d: whether Hugging Face stores the matrices of the layers ``[in, out]`` (GPT-2).
       renamed: ``(our module, Hugging Face's)`` pairs that overrule the family's table of names.
       init_std: standard deviation of fresh weights (training from scratch only).
@@ -94,6 +133,7 @@ class ModelConfig:
     mlp_gated: bool = True
     mlp_fused: bool = False
     mlp_bias: bool = False
+    moe: Moe | None = None
     conv1d: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
     init_std: float = 0.02

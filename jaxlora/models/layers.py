@@ -156,12 +156,13 @@ def remember(k, v, cache: LayerCache | None, index):
 class Mlp(nnx.Module):
     """``down(act(gate(x)) * up(x))`` (Shazeer 2020), or ``down(act(up(x)))`` without a gate."""
 
-    def __init__(self, cfg: ModelConfig):
+    def __init__(self, cfg: ModelConfig, mlp_dim: int | None = None):
         self.cfg = cfg
-        widen, narrow = (cfg.embed_dim, cfg.mlp_dim), (cfg.mlp_dim, cfg.embed_dim)
+        mlp_dim = mlp_dim or cfg.mlp_dim
+        widen, narrow = (cfg.embed_dim, mlp_dim), (mlp_dim, cfg.embed_dim)
         to_mlp, from_mlp, bias = (axes.EMBED, axes.MLP), (axes.MLP, axes.EMBED), cfg.mlp_bias
         if cfg.mlp_fused:
-            twice = (cfg.embed_dim, 2 * cfg.mlp_dim)
+            twice = (cfg.embed_dim, 2 * mlp_dim)
             self.gate_up_proj = Linear(twice, to_mlp, cfg, bias=bias)
         else:
             self.gate_proj = Linear(widen, to_mlp, cfg, bias=bias) if cfg.mlp_gated else None

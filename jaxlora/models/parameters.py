@@ -28,7 +28,7 @@ class ParamSpec:
       init: standard deviation of a normal initializer, or ``"ones"`` or ``"zeros"``.
       transposed: whether Hugging Face stores ``[out, in]``.
       kind: ``linear`` (may be quantized and adapted), ``experts`` (as linear, ``[E, in, out]``),
-        ``head``, ``embedding``, ``norm`` or ``bias``.
+        ``router``, ``head``, ``embedding``, ``norm``, ``bias``, or ``buffer`` (no trained weight).
       parts: whether the first dimension of `shape` is over tensors of the checkpoint.
       hf_names: names in a checkpoint of the tensors that stand side by side along the last axis
         (nearly always one), with ``{layer}`` and ``{part}`` where there are several.

@@ -20,7 +20,13 @@ from jaxlora.ops.rope import Angles, RopeScaling, rope_angles
 
 @dataclasses.dataclass(frozen=True)
 class LayerShape:
-    """What decides which parameters a layer has, beside the model's config."""
+    """What decides which parameters a layer has, beside the model's config.
+
+    Attributes:
+      experts: whether it has a mixture of experts in place of the MLP.
+    """
+
+    experts: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +46,8 @@ class Stack:
 
 def layer_shapes(cfg: ModelConfig) -> tuple[LayerShape, ...]:
     """Returns the shape of every layer."""
-    return (LayerShape(),) * cfg.num_layers
+    sparse = () if cfg.moe is None else cfg.moe.layers
+    return tuple(LayerShape(layer in sparse) for layer in range(cfg.num_layers))
 
 
 def make_stacks(cfg: ModelConfig) -> tuple[Stack, ...]:

@@ -20,6 +20,7 @@ RULES: dict[str, tuple[str, ...]] = {
     axes.KV_HEADS: ("tensor",),
     axes.MLP: ("tensor",),
     axes.VOCAB: ("tensor",),
+    axes.EXPERT: (),  # every device has a share of every expert
 }
 
 
@@ -127,8 +128,8 @@ class Placement:
 
     def adapter(self, pair: dict[str, Any], logical: Sequence[str], *, stacked: bool) -> dict:
         """Returns an adapter's arrays on the devices, split like the matrix they belong to."""
-        lead = (None,) if stacked else ()
-        into, out = logical[0], logical[-1]
+        *outer, into, out = logical
+        lead = (None, *outer) if stacked else tuple(outer)
         layout = {"a": (*lead, into, None), "b": (*lead, None, out), "magnitude": (*lead, out)}
         return {name: self._put(x, layout[name]) for name, x in pair.items()}
 

@@ -117,7 +117,9 @@ def make_tx(
         schedule,
         # As in transformers: norms and biases do not decay.
         decayed={
-            "params": {path: kind not in ("norm", "bias") for path, kind in kinds.items()},
+            "params": {
+                path: kind not in ("norm", "bias", "buffer") for path, kind in kinds.items()
+            },
             "adapter": pairs,
         },
         matrices={

@@ -79,6 +79,7 @@ def build_case(family: str, config: str, fields: dict, seed: int = 0) -> Pair:
 
     hf_config = getattr(transformers, config)(**fields)
     hf_config._attn_implementation = "eager"
+    hf_config._experts_implementation = "eager"  # the grouped ones want sizes by 16 bytes
     model = getattr(transformers, family)(hf_config).eval().float()
     scale_weights(model, seed)
     with tempfile.TemporaryDirectory() as folder:

@@ -25,6 +25,8 @@ _LONGROPE = {
     "long_factor": [1.0, 3.0, 5.0],
     "original_max_position_embeddings": 16,
 }
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 14}
+_SHARED = {"shared_expert_intermediate_size": 18}
 _SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
@@ -149,6 +151,39 @@ CASES: dict[str, Case] = {
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
         },
+    ),
+    "mixtral": _case("MixtralForCausalLM", **_TINY, num_local_experts=5),
+    "mixtral, window, 3 of 4": _case(
+        "MixtralForCausalLM",
+        **_WIDE_HEADS,
+        num_local_experts=4,
+        num_experts_per_tok=3,
+        sliding_window=5,
+        tie_word_embeddings=True,
+    ),
+    "qwen2-moe": _case("Qwen2MoeForCausalLM", **_TINY, **_EXPERTS, **_SHARED),
+    "qwen2-moe, mixed layers": _case(
+        "Qwen2MoeForCausalLM",
+        **{**_TINY, "num_hidden_layers": 5},
+        **_EXPERTS,
+        **_SHARED,
+        decoder_sparse_step=2,
+        norm_topk_prob=True,
+        qkv_bias=False,
+        use_sliding_window=True,
+        sliding_window=5,
+        max_window_layers=3,
+    ),
+    "qwen3-moe": _case("Qwen3MoeForCausalLM", **_WIDE_HEADS, **_EXPERTS, norm_topk_prob=True),
+    "qwen3-moe, mixed layers": _case(
+        "Qwen3MoeForCausalLM",
+        **{**_TINY, "num_hidden_layers": 7},
+        **_EXPERTS,
+        attention_bias=True,
+        decoder_sparse_step=2,
+        mlp_only_layers=[5],
+        use_sliding_window=True,
+        sliding_window=6,
     ),
     "phi-2": _case("PhiForCausalLM", **{**_TINY, "hidden_size": 32}),
     "phi, qk norm": _case("PhiForCausalLM", **{**_TINY, "hidden_size": 32}, qk_layernorm=True),
