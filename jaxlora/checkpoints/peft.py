@@ -27,6 +27,7 @@ _SUFFIXES = {
     "a": ".lora_A.weight",
     "b": ".lora_B.weight",
     "magnitude": ".lora_magnitude_vector",
+    "bias": ".lora_B.bias",
 }
 # In the metadata of the safetensors file, which PEFT does not read.
 _FINGERPRINT = "jaxlora_base"
@@ -34,7 +35,6 @@ _STORAGE = "jaxlora_base_storage"
 # Tensors of PEFT features that jaxlora does not have, and their names.
 _UNSUPPORTED = {
     "lora_embedding_": "an adapter on an embedding",
-    ".lora_B.bias": "lora_bias",
     ".base_layer.": "weights of the base (bias: all or lora_only, or a resized embedding)",
     "token_adapter": "trainable_token_indices",
     "lora_": "an adapter",
@@ -111,11 +111,12 @@ def trained_storage(folder: Path) -> QuantSpec | None:
 
 
 def _entries(targets: Mapping[str, Target]) -> Iterator[tuple[str, str, int, str]]:
-    """``(leaf path, "a" | "b" | "magnitude", layer, PEFT's key)`` of every tensor."""
+    """``(leaf path, "a" | "b" | "magnitude" | "bias", layer, PEFT's key)`` of every tensor."""
     for path, target in sorted(targets.items()):
+        present = {"a": True, "b": True, "magnitude": target.dora, "bias": target.bias}
         for layer, (module, rank) in enumerate(zip(target.modules, target.ranks, strict=True)):
             for part, suffix in _SUFFIXES.items():
-                if rank and (part != "magnitude" or target.dora):
+                if rank and present[part]:
                     yield path, part, layer, f"{_PREFIX}{module}{suffix}"
 
 
@@ -227,6 +228,8 @@ def _zeros(spec: ParamSpec, target: Target) -> dict[str, np.ndarray]:
     }
     if target.dora:
         shapes["magnitude"] = (*lead, out_dim)
+    if target.bias:
+        shapes["bias"] = (*lead, out_dim)
     return {part: np.zeros(shape, np.float32) for part, shape in shapes.items()}
 
 
@@ -237,7 +240,7 @@ def _check(
     expected = {}
     for path, part, layer, key in _entries(targets):
         (in_dim, out_dim), rank = specs[path].shape, targets[path].ranks[layer]
-        expected[key] = {"a": (rank, in_dim), "b": (out_dim, rank), "magnitude": (out_dim,)}[part]
+        expected[key] = {"a": (rank, in_dim), "b": (out_dim, rank)}.get(part, (out_dim,))
     extra = [key for key in files.info if key not in expected]
     if extra:
         named = [text for sign, text in _UNSUPPORTED.items() if sign in extra[0]]

@@ -35,7 +35,7 @@ _CONSTANT: dict[str, Any] = {
 _READ = frozenset(
     """
     r lora_alpha lora_dropout target_modules exclude_modules layers_to_transform layers_pattern
-    rank_pattern alpha_pattern use_rslora use_dora init_lora_weights peft_type bias
+    rank_pattern alpha_pattern use_rslora use_dora lora_bias init_lora_weights peft_type bias
     """.split()
 )
 _IGNORED = frozenset(
@@ -68,6 +68,8 @@ def write_config(
         "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
     }
+    if config.lora_bias:  # a key that older readers do not know
+        content["lora_bias"] = True
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -158,6 +160,7 @@ def _translate(content: Mapping[str, Any]) -> LoraConfig:
         alpha_pattern={str(k): float(v) for k, v in (content.get("alpha_pattern") or {}).items()},
         use_rslora=bool(content.get("use_rslora")),
         use_dora=bool(content.get("use_dora")),
+        lora_bias=bool(content.get("lora_bias")),
     )
 
 

@@ -149,6 +149,7 @@ SYNONYMS: Mapping[str, str] = {
     "exclude_modules": "lora_exclude_modules",
     "rank_pattern": "lora_rank_pattern",
     "alpha_pattern": "lora_alpha_pattern",
+    "lora_bias": "peft_lora_bias",
     "init_lora_weights": "peft_init_lora_weights",
 }
 """Names that other programs use: our key."""

@@ -156,6 +156,9 @@ def _start(config: Config) -> Iterator[Problem]:
         check_init(init, ranks)
     except UserError as error:
         yield Problem((key,), str(error).partition(": ")[2], ("lora_r", "lora_rank_pattern"))
+    if config.peft_lora_bias and (config.peft_use_dora or not isinstance(init, bool)):
+        other = "peft_use_dora" if config.peft_use_dora else key
+        yield Problem(("peft_lora_bias",), f"it does not go with {other}", (other,))
     if init != "loftq":
         if loftq is not None:
             yield Problem(("peft",), f"loftq_config contradicts peft_init_lora_weights: {init}")

@@ -79,6 +79,8 @@ class AdapterKeys(Section):
     """Scales by alpha / sqrt(r) (rsLoRA)."""
     peft_use_dora: Flag = False
     """Trains the magnitudes of the columns too (DoRA)."""
+    peft_lora_bias: Flag = False
+    """(jaxlora) Gives B a bias."""
     peft_layers_to_transform: Natural | tuple[Natural, ...] | None = None
     """Indices of the layers to adapt; null: all."""
     peft_init_lora_weights: Flag | Text | None = None

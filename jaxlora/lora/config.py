@@ -22,6 +22,8 @@ class LoraConfig:
       rank_pattern, alpha_pattern: r or alpha by module-path pattern, first match wins.
       use_rslora: rank-stabilised scale (Kalajdzievski 2023).
       use_dora: weight-decomposed LoRA (Liu et al. 2024).
+      lora_bias: whether B has a bias, zero at first; PEFT uses it for adapters that are extracted
+        from fully trained weights.
       init: how A and B start, PEFT's ``init_lora_weights``; see `jaxlora.lora.initializers`.
       loftq_iter: rounds of quantizing and decomposing of ``init="loftq"``.
 
@@ -39,6 +41,7 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     use_rslora: bool = False
     use_dora: bool = False
+    lora_bias: bool = False
     init: bool | str = True
     loftq_iter: int = 1
 
@@ -49,6 +52,9 @@ class LoraConfig:
         if not 0 <= self.dropout < 1:
             raise UserError(f"lora_dropout: {self.dropout} is out of range; expected 0 <= p < 1.")
         check_init(self.init, [self.r, *self.rank_pattern.values()])
+        if self.lora_bias and (self.use_dora or not isinstance(self.init, bool)):
+            other = "DoRA" if self.use_dora else f"init {self.init}"
+            raise UserError(f"peft_lora_bias: true does not go with {other}; remove one of them.")
 
     def scale(self, rank: int, alpha: float) -> float:
         """Returns what multiplies ``B A``.

@@ -27,6 +27,7 @@ class Target:
       stacked: whether the leaf has a leading layer axis.
       dropout: dropout probability of the low-rank path.
       dora: whether a magnitude vector is trained too.
+      bias: whether B has a bias.
       in_axes: leading axes (after the layer axis) of the leaf that are contracted with the input.
     """
 
@@ -37,6 +38,7 @@ class Target:
     dropout: float = 0.0
     dora: bool = False
     in_axes: int = 1
+    bias: bool = False
 
     @property
     def rank(self) -> int:
@@ -85,7 +87,13 @@ def match(
             for name, rank in zip(names, ranks, strict=True)
         )
         targets[path] = Target(
-            tuple(names), ranks, scales, path in stacked, config.dropout, config.use_dora
+            tuple(names),
+            ranks,
+            scales,
+            path in stacked,
+            config.dropout,
+            config.use_dora,
+            bias=config.lora_bias,
         )
     if not targets:
         raise UserError("lora_target_modules: every matching module is excluded; nothing to train.")

@@ -1,7 +1,7 @@
 """`init`, `apply`, `merge`, `unmerge`, `count`: pure functions between trees and adapters.
 
 An adapter is ``{leaf path: {"a": [.., in, R], "b": [.., R, out]}}``, plus ``"magnitude"`` for
-DoRA, all float32. The weights it belongs to stay as they are.
+DoRA and ``"bias"`` for a bias of B, all float32. The weights it belongs to stay as they are.
 """
 
 from collections.abc import Mapping
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt32
 
+from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree, flatten, replace
 from jaxlora.lora.initializers import random_pair
 from jaxlora.lora.targets import Target
@@ -43,6 +44,8 @@ def init(
         lead, in_dim, out_dim = matrix_shape(leaves[path], target)
         a, b = random_pair(init, leaf_key, in_dim, out_dim, target.ranks, bool(lead))
         adapter[path] = {"a": a, "b": b}
+        if target.bias:
+            adapter[path]["bias"] = jnp.zeros((*lead, out_dim), jnp.float32)
     return with_magnitudes(params, adapter, targets)
 
 
@@ -75,6 +78,8 @@ def apply(
 ) -> Tree:
     """Returns `params` with a `LoraArray` wherever the adapter has a pair.
 
+    A bias of B is added to the bias of its layer, if that has one.
+
     Args:
       params: frozen weights, plain or quantized.
       adapter: from `init`, or loaded.
@@ -83,9 +88,11 @@ def apply(
     """
     leaves = flatten(params)
     keys = {} if key is None else _dropout_keys(targets, key)
+    biases = _biases(leaves, adapter, targets)
     return replace(
         params,
-        {
+        biases
+        | {
             path: LoraArray(
                 base=leaves[path],
                 a=pair["a"],
@@ -94,6 +101,7 @@ def apply(
                 magnitude=pair.get("magnitude"),
                 key=keys.get(path),
                 dropout=targets[path].dropout,
+                bias=None if _sibling(path) in biases else pair.get("bias"),
             )
             for path, pair in adapter.items()
         },
@@ -102,6 +110,24 @@ def apply(
 
 def _scale(target: Target) -> jax.Array:
     return jnp.asarray(target.scales if target.stacked else target.scales[0], jnp.float32)
+
+
+def _sibling(path: str) -> str:
+    """Path of the bias of the layer that a matrix belongs to."""
+    return f"{path.rpartition('/')[0]}/bias"
+
+
+def _biases(
+    leaves: Mapping[str, Any],
+    adapter: Mapping[str, Mapping[str, jax.Array]],
+    targets: Mapping[str, Target],
+) -> dict[str, jax.Array]:
+    """The biases of adapted layers with the biases of their B added, in float32."""
+    return {
+        sibling: leaves[sibling] + _scale(targets[path])[..., None] * pair["bias"]
+        for path, pair in adapter.items()
+        if "bias" in pair and (sibling := _sibling(path)) in leaves
+    }
 
 
 def _dropout_keys(targets: Mapping[str, Target], key: jax.Array) -> dict[str, jax.Array]:
@@ -124,11 +150,19 @@ def merge(
     """Returns `params` with the adapter folded in: ``W + scale * A B`` in float32, then W's dtype.
 
     Quantized leaves that have an adapter come out dequantized; leaves without stay as they are.
+
+    Raises:
+      UserError: a bias of B belongs to a layer without one.
     """
     leaves = flatten(params)
+    biases = _biases(leaves, adapter, targets)
+    for path, pair in adapter.items():
+        if "bias" in pair and _sibling(path) not in biases:
+            raise UserError(f"lora_bias: {path} has no bias of its own that could take it up.")
     return replace(
         params,
-        {
+        {path: bias.astype(leaves[path].dtype) for path, bias in biases.items()}
+        | {
             path: materialize(
                 _as_matrices(leaves[path], pair, targets[path]), leaves[path].dtype
             ).reshape(leaves[path].shape)
@@ -149,7 +183,10 @@ def unmerge(
     """
     if any("magnitude" in pair for pair in adapter.values()):
         raise ValueError("a DoRA adapter cannot be unmerged; keep the base weights")
-    negated = {path: {**pair, "b": -pair["b"]} for path, pair in adapter.items()}
+    negated = {
+        path: {part: x if part == "a" else -x for part, x in pair.items()}
+        for path, pair in adapter.items()
+    }
     return merge(params, negated, targets)
 
 
@@ -164,7 +201,7 @@ def count(targets: Mapping[str, Target], adapter: Mapping[str, Mapping[str, Any]
     total = 0
     for path, pair in adapter.items():
         in_dim, out_dim = pair["a"].shape[-2], pair["b"].shape[-1]
-        magnitude = out_dim if "magnitude" in pair else 0
+        vectors = out_dim * len(pair.keys() - {"a", "b"})
         for rank in targets[path].ranks:
-            total += rank * (in_dim + out_dim) + (magnitude if rank else 0)
+            total += rank * (in_dim + out_dim) + (vectors if rank else 0)
     return total

@@ -107,6 +107,7 @@ class LoraArray:
       magnitude: ``[..., out]`` for DoRA (Liu et al. 2024), else None.
       key: ``[..., 2]`` raw uint32 PRNG key; None switches dropout off (evaluation).
       dropout: probability that an input of the low-rank path is dropped.
+      bias: ``[..., out]``, scaled and added to the product; None for nearly every adapter.
     """
 
     base: Any
@@ -116,6 +117,7 @@ class LoraArray:
     magnitude: Float[Array, "*lead O"] | None = None
     key: UInt32[Array, "*lead 2"] | None = None
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
+    bias: Float[Array, "*lead O"] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike as DType
 from jaxtyping import Array, Float, Int
 
+from jaxlora.core.errors import UserError
 from jaxlora.ops.arrays import LoraArray, QuantizedArray, Weight
 from jaxlora.ops.quantize import dequantize
 
@@ -47,6 +48,11 @@ def materialize(weight: Weight, dtype: DType | None = None) -> Float[Array, "*le
         return dequantize(weight, dtype)
     if not isinstance(weight, LoraArray):
         return weight if dtype is None else weight.astype(dtype)
+    if weight.bias is not None:
+        raise UserError(
+            "lora_bias: the layer has no bias of its own to add it to; such an adapter cannot be "
+            "merged, only loaded beside its base."
+        )
     base = materialize(weight.base)
     merged = _merged(weight, base)
     if weight.magnitude is not None:
@@ -90,6 +96,8 @@ def _lora_matmul(x, w: LoraArray):
     base = matmul(x, w.base)
     dropped = x if w.key is None else _dropout(x, w.key, w.dropout)
     low_rank = _low_rank_matmul(dropped, w.a, w.b, w.scale)
+    if w.bias is not None:
+        low_rank = low_rank + (w.scale * w.bias).astype(x.dtype)
     if w.magnitude is None:
         return base + low_rank
     gain = _dora_gain(w, _merged(w, materialize(w.base))).astype(x.dtype)

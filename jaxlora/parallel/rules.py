@@ -130,8 +130,9 @@ class Placement:
         """Returns an adapter's arrays on the devices, split like the matrix they belong to."""
         *outer, into, out = logical
         lead = (None, *outer) if stacked else tuple(outer)
-        layout = {"a": (*lead, into, None), "b": (*lead, None, out), "magnitude": (*lead, out)}
-        return {name: self._put(x, layout[name]) for name, x in pair.items()}
+        layout = {"a": (*lead, into, None), "b": (*lead, None, out)}
+        vector = (*lead, out)  # magnitude, bias
+        return {name: self._put(x, layout.get(name, vector)) for name, x in pair.items()}
 
     def batch(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Returns ``[accumulation, rows, T]`` arrays with their rows split over the devices.

@@ -108,7 +108,7 @@ def make_tx(
         min_ratio=config.cosine_min_lr_ratio or 0.0,
     )
     pairs = {
-        path: {part: part != "magnitude" for part in pair}
+        path: {part: part in ("a", "b") for part in pair}
         for path, pair in trainable["adapter"].items()
     }
     kinds = {path: specs[path].kind for path in trainable["params"]}
