@@ -168,7 +168,6 @@ TENSOR_FAULTS = {
 }
 CONFIG_FAULTS = {
     "bias": ({"bias": "all"}, "bias: 'all' is not supported"),
-    "lora_bias": ({"lora_bias": True}, "lora_bias: True is not supported"),
     "save": ({"modules_to_save": ["lm_head"]}, "modules_to_save: .* is not supported"),
     "experts": ({"target_parameters": ["mlp.experts"]}, "target_parameters: .* is not supported"),
     "unknown": ({"new_feature": {"x": 1}}, "new_feature: .* is not supported"),

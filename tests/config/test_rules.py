@@ -55,6 +55,8 @@ CONFLICTS = [
     ("peft_init_lora_weights", LORA | {"peft_init_lora_weights": "loftq"}),
     ("peft", LORA | LOFTQ | {"peft_init_lora_weights": "pissa"}),
     ("peft.loftq_config.loftq_bits", LORA | LOFTQ | {"load_in_8bit": True}),
+    ("peft_lora_bias", LORA | {"peft_lora_bias": True, "peft_use_dora": True}),
+    ("peft_lora_bias", LORA | {"peft_lora_bias": True, "peft_init_lora_weights": "pissa"}),
     ("optimizer", {"optimizer": "galore_adamw"}),
     ("remat", {"remat": "none", "gradient_checkpointing": True}),
     ("remat", {"remat": "full", "gradient_checkpointing": False}),

@@ -26,6 +26,8 @@ def test_scale_is_alpha_over_r_or_its_root():
         ({"rank_pattern": {"q_proj": 0}}, "lora_r: 0"),
         ({"dropout": 1.0}, r"lora_dropout: 1\.0"),
         ({"dropout": -0.1}, r"lora_dropout: -0\.1"),
+        ({"lora_bias": True, "use_dora": True}, "does not go with DoRA"),
+        ({"lora_bias": True, "init": "pissa"}, "does not go with init pissa"),
     ],
 )
 def test_values_out_of_range_are_refused(fields, message):

@@ -4,6 +4,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxlora.core.errors import UserError
 from jaxlora.core.tree import flatten, replace
 from jaxlora.lora import LoraConfig, apply, count, init, match, merge, targets_of_tree, unmerge
 from jaxlora.ops.matmul import materialize, matmul
@@ -261,3 +262,59 @@ def test_leaves_with_more_axes_merge_as_the_matrices_they_stand_for():
         wanted = kernel + 4.0 * (pair["a"] @ pair["b"]).reshape(kernel.shape)
         np.testing.assert_allclose(merged[name]["kernel"], wanted, rtol=1e-5, atol=1e-6)
     assert replace(params, {}) == params
+
+
+def with_bias(adapter):
+    return {
+        path: {**pair, "bias": normal(*pair["bias"].shape, seed=11)}
+        for path, pair in adapter.items()
+    }
+
+
+def test_a_bias_of_b_is_scaled_and_added():
+    kernel, x = normal(IN, OUT), normal(4, IN, seed=1)
+    config = LoraConfig(r=2, alpha=3.0, lora_bias=True)
+    targets = match({"q/kernel": ["q"]}, config)
+    adapter = with_bias(init({"q": {"kernel": kernel}}, targets, jax.random.key(0)))
+    bias = adapter["q/kernel"]["bias"]
+    leaf = apply({"q": {"kernel": kernel}}, adapter, targets)["q"]["kernel"]
+    np.testing.assert_allclose(matmul(x, leaf), x @ kernel + 1.5 * bias, rtol=1e-5, atol=1e-6)
+    with pytest.raises(UserError, match="no bias of its own"):
+        merge({"q": {"kernel": kernel}}, adapter, targets)
+    with pytest.raises(UserError, match="no bias of its own"):
+        materialize(leaf)
+
+
+def test_a_bias_of_b_joins_that_of_its_layer_and_leaves_it_again():
+    params = {"q": {"kernel": normal(IN, OUT), "bias": normal(OUT, seed=2)}}
+    targets = match({"q/kernel": ["q"]}, LoraConfig(r=2, alpha=3.0, lora_bias=True))
+    adapter = with_bias(init(params, targets, jax.random.key(0)))
+    merged = merge(params, adapter, targets)
+    wanted = params["q"]["bias"] + 1.5 * adapter["q/kernel"]["bias"]
+    np.testing.assert_allclose(merged["q"]["bias"], wanted, rtol=1e-6)
+    applied = apply(params, adapter, targets)
+    np.testing.assert_array_equal(applied["q"]["bias"], merged["q"]["bias"])
+    assert applied["q"]["kernel"].bias is None
+    back = unmerge(merged, adapter, targets)
+    np.testing.assert_allclose(back["q"]["bias"], params["q"]["bias"], atol=1e-6)
+    assert count(targets, adapter) == 2 * (IN + OUT) + OUT
+
+
+def test_a_column_of_zeros_learns_under_dora():
+    params = {"q": {"kernel": normal(IN, OUT).at[:, 2].set(0.0)}}
+    targets = match({"q/kernel": ["q"]}, LoraConfig(r=2, use_dora=True))
+    adapter = init(params, targets, jax.random.key(0))
+
+    def loss(adapter):
+        leaf = apply(params, adapter, targets)["q"]["kernel"]
+        return jnp.sum((matmul(normal(4, IN, seed=5), leaf) - 1.0) ** 2)
+
+    optimizer = optax.adam(0.02)
+    state, first = optimizer.init(adapter), float(loss(adapter))
+    for _ in range(100):
+        updates, state = optimizer.update(jax.grad(loss)(adapter), state)
+        adapter = optax.apply_updates(adapter, updates)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(adapter))
+    assert float(loss(adapter)) < 0.1 * first
+    column = materialize(apply(params, adapter, targets)["q"]["kernel"])[:, 2]
+    assert np.abs(column).max() > 0.01

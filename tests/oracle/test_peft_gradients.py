@@ -24,6 +24,8 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 10,
+    "attention_bias": True,
+    "mlp_bias": True,
 }
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VARIANTS = {
@@ -36,6 +38,7 @@ VARIANTS = {
         "alpha_pattern": {"q_proj": 3},
         "layers_to_transform": [0, 2],
     },
+    "lora_bias": {"target_modules": EVERY, "lora_bias": True},
     "some layers, dora": {
         "target_modules": ["v_proj", "up_proj"],
         "layers_to_transform": [1],
@@ -98,6 +101,7 @@ class Both:
                 "a": "lora_A.default.weight",
                 "b": "lora_B.default.weight",
                 "magnitude": "lora_magnitude_vector.default.weight",
+                "bias": "lora_B.default.bias",
             }[name]
             key = f"base_model.model.{target.modules[layer]}.{suffix}"
             value = value_of(parameters[key]).numpy().T
@@ -155,7 +159,8 @@ def test_merged_weights_and_count_equal_peft(make_pair, variant):
     assert count(both.targets, both.adapter) == both.peft.get_nb_trainable_parameters()[0]
     merged = flatten(merge(both.params, both.adapter, both.targets))
     tensors = both.peft.merge_and_unload().state_dict()
-    for path in both.targets:
+    biases = {f"{path.rpartition('/')[0]}/bias" for path in both.targets}
+    for path in {*both.targets, *biases}:
         spec = describe(both.cfg)[path]
         for (layer,), (name,) in spec.sources().items():
             # One float32 rounding of values of size 1.
