@@ -66,6 +66,7 @@ def _merged(weight: LoraArray, base: Float[Array, "*lead I O"]) -> Float[Array, 
 
 
 def _dora_gain(weight: LoraArray, merged: Float[Array, "*lead I O"]) -> Float[Array, "*lead O"]:
+    assert weight.magnitude is not None
     # The norm is a constant for the gradient (DoRA paper, section 4.3).
     norm = jnp.linalg.norm(jax.lax.stop_gradient(merged), axis=-2)
     # A layer that the rules leave out has scale 0: it must not train a magnitude either. A column
