@@ -51,6 +51,7 @@ def save_adapter(
     revision: str | None = None,
     fingerprint: str | None = None,
     storage: QuantSpec | None = None,
+    fan_in_fan_out: bool = False,
 ) -> None:
     """Writes adapter_config.json and adapter_model.safetensors (float32), both whole or not at all.
 
@@ -63,6 +64,7 @@ def save_adapter(
       revision: its revision on the hub.
       fingerprint: `base_fingerprint` of the base; `load_adapter` refuses other bases by it.
       storage: how the base was quantized in training; `trained_storage` reads it.
+      fan_in_fan_out: whether the base's own layers hold ``[in, out]`` (GPT-2), for PEFT.
 
     Raises:
       UserError: a value is not finite, or the folder cannot be written.
@@ -91,7 +93,19 @@ def save_adapter(
             dtype=np.dtype(np.float32),
             metadata=metadata,
         )
-        write_config(stage / CONFIG_FILE, targets, config, base_name=base_name, revision=revision)
+        write_config(
+            stage / CONFIG_FILE,
+            targets,
+            config,
+            base_name=base_name,
+            revision=revision,
+            fan_in_fan_out=fan_in_fan_out,
+        )
+
+
+def has_fan_in(specs: Mapping[str, ParamSpec], targets: Mapping[str, Target]) -> bool:
+    """Returns what `save_adapter` wants to know as `fan_in_fan_out`."""
+    return any(specs[path].kind == "linear" and not specs[path].transposed for path in targets)
 
 
 def trained_storage(folder: Path) -> QuantSpec | None:
@@ -186,7 +200,7 @@ def _match(
     stacked = [path for path, spec in specs.items() if spec.layers is not None]
     try:
         return match(modules, _relevant(config, known, in_file), stacked)
-    except UserError as error:
+    except (UserError, re.error) as error:
         raise UserError(
             f"{folder / CONFIG_FILE}: the adapter does not fit this base model: {error}"
         ) from error

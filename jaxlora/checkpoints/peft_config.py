@@ -18,7 +18,6 @@ CONFIG_FILE = "adapter_config.json"
 _CONSTANT: dict[str, Any] = {
     "auto_mapping": None,
     "bias": "none",
-    "fan_in_fan_out": False,
     "inference_mode": True,
     "init_lora_weights": True,
     "layer_replication": None,
@@ -42,6 +41,7 @@ _IGNORED = frozenset(
     """
     base_model_name_or_path revision task_type inference_mode auto_mapping peft_version
     megatron_core loftq_config eva_config qalora_group_size runtime_config ensure_weight_tying
+    fan_in_fan_out
     """.split()
 )
 # Initializers that leave the base weights alone; PiSSA, OLoRA, CorDA, LoftQ and others change them.
@@ -55,12 +55,14 @@ def write_config(
     *,
     base_name: str,
     revision: str | None,
+    fan_in_fan_out: bool = False,
 ) -> None:
     """Writes the file so that PEFT selects exactly the modules of `targets`."""
     content = {
         **_CONSTANT,
         **_patterns(targets, config),
         "base_model_name_or_path": base_name,
+        "fan_in_fan_out": fan_in_fan_out,
         "lora_alpha": _whole(config.alpha),
         "lora_dropout": config.dropout,
         "r": config.r,
@@ -136,8 +138,6 @@ def _refuse_unsupported(content: Mapping[str, Any]) -> None:
             "adapter is not for the plain base; save it with PEFT's "
             "path_initial_model_for_weight_conversion."
         )
-    if content.get("layers_pattern") not in (None, "", [], "layers", ["layers"]):
-        raise UserError(f"layers_pattern: {content['layers_pattern']!r}; expected 'layers'.")
     for key in ("r", "target_modules"):
         if not content.get(key):
             raise UserError(f"{key} is missing; export the adapter again.")
@@ -156,12 +156,17 @@ def _translate(content: Mapping[str, Any]) -> LoraConfig:
         target_modules=_rule(content["target_modules"]),
         exclude_modules=_rule(content.get("exclude_modules") or ()),
         layers_to_transform=tuple(int(layer) for layer in layers),
+        layers_pattern=_names(content.get("layers_pattern")),
         rank_pattern={str(k): int(v) for k, v in (content.get("rank_pattern") or {}).items()},
         alpha_pattern={str(k): float(v) for k, v in (content.get("alpha_pattern") or {}).items()},
         use_rslora=bool(content.get("use_rslora")),
         use_dora=bool(content.get("use_dora")),
         lora_bias=bool(content.get("lora_bias")),
     )
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) and value else tuple(value or ())
 
 
 def _rule(value: Any) -> tuple[str, ...] | str:

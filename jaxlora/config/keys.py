@@ -89,7 +89,7 @@ _REFUSED = {
     "not available; leave it out": """s2_attention neftune_noise_alpha relora jagged_restart_steps
         jagged_restart_warmup_steps jagged_restart_anneal_steps lisa_n_layers use_eaft
         cosine_constant_lr_ratio lr_quadratic_warmup lr_scheduler_kwargs optim_args
-        peft_layers_pattern peft_trainable_token_indices model_config cls_model_config
+        peft_trainable_token_indices model_config cls_model_config
         overrides_of_model_config overrides_of_model_kwargs model_kwargs eval_causal_lm_metrics
         do_causal_lm_eval eval_table_size""",
     "not available; a run ends after num_epochs or max_steps": """early_stopping_patience

@@ -133,6 +133,12 @@ def _adapter(config: Config) -> Iterator[Problem]:
     for key in ("lora_rank_pattern", "lora_alpha_pattern"):
         for pattern in getattr(config, key):
             yield from _expression(key, pattern)
+    pattern = config.peft_layers_pattern or ()
+    for text in (pattern,) if isinstance(pattern, str) else pattern:
+        yield from _expression("peft_layers_pattern", text)
+    if pattern and config.peft_layers_to_transform is None:
+        text = "it needs peft_layers_to_transform"
+        yield Problem(("peft_layers_pattern",), text, ("peft_layers_to_transform",))
     plain = targets is None or targets == "all-linear" or set(targets) <= set(_PROJECTIONS)
     if config.lora_target_linear and not plain:
         text = "set it or lora_target_linear, not both"

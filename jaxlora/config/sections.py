@@ -83,6 +83,8 @@ class AdapterKeys(Section):
     """(jaxlora) Gives B a bias."""
     peft_layers_to_transform: Natural | tuple[Natural, ...] | None = None
     """Indices of the layers to adapt; null: all."""
+    peft_layers_pattern: Text | tuple[Text, ...] | None = None
+    """What comes before a layer's index in full names, such as layers or h; null: anything."""
     peft_init_lora_weights: Flag | Text | None = None
     """How the adapter starts: gaussian, orthogonal, pissa, pissa_niter_N, olora or loftq; else A is
     random and B zero. The exported adapter fits the plain base in any case."""

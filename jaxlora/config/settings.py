@@ -14,6 +14,7 @@ def lora_config(config: Config) -> LoraConfig | None:
     assert config.lora_r is not None, "the rules require it"
     assert config.lora_alpha is not None, "the rules require it"
     layers, loftq = config.peft_layers_to_transform, config.peft.loftq_config
+    pattern = config.peft_layers_pattern
     return LoraConfig(
         r=config.lora_r,
         alpha=config.lora_alpha,
@@ -23,6 +24,7 @@ def lora_config(config: Config) -> LoraConfig | None:
         rank_pattern=config.lora_rank_pattern,
         alpha_pattern=config.lora_alpha_pattern,
         layers_to_transform=(layers,) if isinstance(layers, int) else layers or (),
+        layers_pattern=(pattern,) if isinstance(pattern, str) else pattern or (),
         use_rslora=config.peft_use_rslora,
         use_dora=config.peft_use_dora,
         lora_bias=config.peft_lora_bias,

@@ -19,6 +19,8 @@ class LoraConfig:
         ``"all-linear"``.
       exclude_modules: the same rules, for what to leave out.
       layers_to_transform: layer numbers; empty means all.
+      layers_pattern: what comes before the layer number in a module path, such as ``layers``;
+        empty means anything.
       rank_pattern, alpha_pattern: r or alpha by module-path pattern, first match wins.
       use_rslora: rank-stabilised scale (Kalajdzievski 2023).
       use_dora: weight-decomposed LoRA (Liu et al. 2024).
@@ -37,6 +39,7 @@ class LoraConfig:
     target_modules: tuple[str, ...] | str = "all-linear"
     exclude_modules: tuple[str, ...] | str = ()
     layers_to_transform: tuple[int, ...] = ()
+    layers_pattern: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     use_rslora: bool = False

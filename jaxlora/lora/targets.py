@@ -142,7 +142,7 @@ def _selected(module: str, config: LoraConfig) -> bool:
     # As in PEFT, a module named by its whole path is taken whatever its layer.
     named = not isinstance(rule, str) and module in rule
     layers = config.layers_to_transform
-    if layers and not named and _layer_number(module) not in layers:
+    if layers and not named and _layer_number(module, config) not in layers:
         return False
     return _matches(rule, module)
 
@@ -166,16 +166,19 @@ def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     return default
 
 
-def _layer_number(module: str) -> int | None:
-    number = re.search(r"\.(\d+)\.", module)
-    return None if number is None else int(number[1])
+def _layer_number(module: str, config: LoraConfig) -> int | None:
+    for pattern in config.layers_pattern or ("[^.]*",):
+        if found := re.match(rf"(?:.*\.)?{pattern}\.(\d+)\.", module):
+            return int(found[1])
+    return None
 
 
 def _refuse_unmatched(modules: Sequence[str], config: LoraConfig) -> None:
     _refuse_unmatched_rule("lora_target_modules", config.target_modules, modules)
     if config.exclude_modules:
         _refuse_unmatched_rule("exclude_modules", config.exclude_modules, modules)
-    layers = sorted({number for m in modules if (number := _layer_number(m)) is not None})
+    numbers = {_layer_number(module, config) for module in modules}
+    layers = sorted(number for number in numbers if number is not None)
     for layer in config.layers_to_transform:
         if layer not in layers:
             have = f"from {layers[0]} to {layers[-1]}" if layers else "none with a number"

@@ -9,7 +9,7 @@ from jaxlora import lora
 from jaxlora.checkpoints import hub, run_folder
 from jaxlora.checkpoints.adapter_files import open_adapter
 from jaxlora.checkpoints.load import read_model_config
-from jaxlora.checkpoints.peft import load_adapter, save_adapter
+from jaxlora.checkpoints.peft import has_fan_in, load_adapter, save_adapter
 from jaxlora.checkpoints.peft_config import CONFIG_FILE
 from jaxlora.checkpoints.save import save_model
 from jaxlora.checkpoints.store import CheckpointStore, locate
@@ -64,6 +64,7 @@ def export_weights(config: Config, model: Model, state: Tree, folder: Path) -> N
         revision=config.revision_of_model,
         fingerprint=model.fingerprint or None,
         storage=storage,
+        fan_in_fan_out=has_fan_in(model.specs, targets),
     )
     choice = config.chat_template_jinja or config.chat_template
     if choice is not None:  # who loads the adapter should ask as it was taught
@@ -104,8 +105,16 @@ def _export_adapter(folder: Path, output: Path, base: str | Path | None) -> None
         raise UserError(f"{folder}: its {CONFIG_FILE} names no base model; give it with --base.")
     # Its config.json says what the adapter must fit; its weights are not needed.
     cfg, _ = read_model_config(hub.resolve(name))
-    adapter, targets, config = load_adapter(folder, describe(cfg), head_dim=cfg.head_dim)
-    save_adapter(output, adapter, targets, config, base_name=str(name))
+    specs = describe(cfg)
+    adapter, targets, config = load_adapter(folder, specs, head_dim=cfg.head_dim)
+    save_adapter(
+        output,
+        adapter,
+        targets,
+        config,
+        base_name=str(name),
+        fan_in_fan_out=has_fan_in(specs, targets),
+    )
 
 
 def _export_checkpoint(source: str | Path, output: Path) -> int:

@@ -11,9 +11,11 @@ from jaxlora.data.spec import TYPES, DatasetSpec
 def test_adapter_options_reach_the_lora_floor():
     extra = {"lora_dropout": 0.1, "peft_use_rslora": True, "peft_use_dora": True}
     extra |= {"lora_target_modules": ["k_proj"], "peft_layers_to_transform": 3}
+    extra |= {"peft_layers_pattern": "h"}
     lora = lora_config(load_config(LORA | extra))
     assert (lora.r, lora.alpha, lora.dropout) == (8, 16.0, 0.1)
     assert (lora.target_modules, lora.layers_to_transform) == (("k_proj",), (3,))
+    assert lora.layers_pattern == ("h",)
     assert lora.use_rslora
     assert lora.use_dora
     assert lora.init is True

@@ -4,6 +4,7 @@ Tensors stay the same bits, logits the same to float32 rounding.
 """
 
 import dataclasses
+import functools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from family_cases import CASES
 from safetensors.numpy import load_file
 
 from jaxlora.checkpoints.load import load_params, read_model_config
-from jaxlora.checkpoints.peft import load_adapter, save_adapter
+from jaxlora.checkpoints.peft import has_fan_in, load_adapter, save_adapter
 from jaxlora.lora import apply
 from jaxlora.models.parameters import describe
 from jaxlora.models.transformer import Transformer, bind
@@ -23,7 +25,7 @@ from jaxlora.models.transformer import Transformer, bind
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-TOKENS = np.random.default_rng(0).integers(3, 97, (2, 13))
+TOKENS = np.random.default_rng(0).integers(3, 61, (2, 13))
 # float32, 3 layers, logits of standard deviation about 1: both sides sum in their own order.
 # Measured 2e-6 to 4e-6; an adapter left out or a wrong scale costs 0.1 and more.
 TOLERANCE = 1e-4
@@ -64,6 +66,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Attention has biases in this base, the gated MLP has none.
     "lora_bias": {"target_modules": ["q_proj", "v_proj"], "lora_bias": True},
     "lora_bias, no bias below": {"target_modules": ["o_proj", "up_proj"], "lora_bias": True},
+    # Conv1D: the base holds [in, out], the adapter stays as it is elsewhere.
+    "gpt2": {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
+    "gpt2, dora": {"target_modules": "all-linear", "fan_in_fan_out": True, "use_dora": True},
+    "gpt2, lora_bias": {"target_modules": ["c_fc"], "fan_in_fan_out": True, "lora_bias": True},
+    "gpt2, rslora": {
+        "target_modules": ["c_attn"],
+        "fan_in_fan_out": True,
+        "use_rslora": True,
+        "layers_to_transform": [0, 2],
+        "layers_pattern": "h",
+    },
 }
 
 
@@ -108,11 +121,20 @@ def train_a_little(model):
 
 
 @pytest.fixture(scope="module")
-def base(tiny_llama):
-    folder = tiny_llama(attention_bias=True)
-    cfg, _ = read_model_config(folder)
-    model = bind_logits(cfg)
-    return folder, describe(cfg), load_params(folder, cfg, dtype="float32"), model
+def base(tiny_llama, make_case, tmp_path_factory):
+    """``base(variant) -> (folder, specs, params, logits of params)``."""
+
+    @functools.cache
+    def open_base(gpt2):
+        folder = tiny_llama(attention_bias=True)
+        if gpt2:
+            folder = tmp_path_factory.mktemp("gpt2")
+            make_case(CASES["gpt-2"]).torch_model.save_pretrained(folder)
+        cfg, _ = read_model_config(folder)
+        params = load_params(folder, cfg, dtype="float32")
+        return folder, describe(cfg), params, bind_logits(cfg)
+
+    return lambda variant: open_base(variant.startswith("gpt2"))
 
 
 def bind_logits(cfg):
@@ -136,7 +158,7 @@ QUICK = ("plain", "dora", "ranks", "lora_bias")
     ],
 )
 def trip(request, base, tmp_path_factory):
-    folder, specs, params, forward = base
+    folder, specs, params, forward = base(request.param)
     home = tmp_path_factory.mktemp("trip")
     config = peft.LoraConfig(
         **{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **VARIANTS[request.param]}
@@ -152,7 +174,12 @@ def trip(request, base, tmp_path_factory):
 
     first = load_adapter(home / "theirs", specs)
     ours = np.asarray(forward(apply(params, *first[:2])))
-    save_adapter(home / "ours", *first, base_name=str(folder))
+    save_adapter(
+        home / "ours",
+        *first,
+        base_name=str(folder),
+        fan_in_fan_out=has_fan_in(specs, first[1]),
+    )
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # PEFT only warns of missing keys
