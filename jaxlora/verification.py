@@ -18,7 +18,9 @@ from jaxlora.checkpoints.tensors import TensorFiles
 from jaxlora.core.errors import UserError
 from jaxlora.generation.model import locate
 from jaxlora.generation.probe import probe_logits, probe_tokens
+from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import describe
+from jaxlora.models.task import task_of
 
 TOLERANCE = 1e-4  # float32 on both sides; a few layers of summation order
 
@@ -85,7 +87,7 @@ def verify(
     params = load_params(base, cfg, dtype=jnp.float32)
     plain = probe_logits(cfg, params)
     adapted = probe_logits(cfg, lora.apply(params, arrays, targets))
-    reference, missing, extra = _peft_logits(base, folder, probe_tokens(cfg))
+    reference, missing, extra = _peft_logits(base, folder, cfg)
     return Verdict(
         float(np.abs(adapted - reference).max()),
         float(reference.std()),
@@ -96,14 +98,14 @@ def verify(
 
 
 def _peft_logits(
-    base: Path, folder: Path, tokens: np.ndarray
+    base: Path, folder: Path, cfg: ModelConfig
 ) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
     import torch
+    import transformers
     from peft import LoraConfig, get_peft_model_state_dict
     from peft import PeftModel as Peft
-    from transformers import AutoModelForCausalLM
 
-    hf: Any = AutoModelForCausalLM.from_pretrained(
+    hf: Any = getattr(transformers, task_of(cfg).auto_class).from_pretrained(
         base, dtype=torch.float32, trust_remote_code=False, local_files_only=True
     )
     known = LoraConfig().to_dict().keys()
@@ -113,5 +115,5 @@ def _peft_logits(
     wanted = set(get_peft_model_state_dict(model))
     stored = set(TensorFiles(folder, "adapter_model").info)
     with torch.no_grad():
-        logits = model(torch.from_numpy(tokens)).logits.numpy()
+        logits = model(torch.from_numpy(probe_tokens(cfg))).logits.numpy()
     return logits, tuple(sorted(wanted - stored)), tuple(sorted(stored - wanted))

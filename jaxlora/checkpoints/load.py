@@ -200,6 +200,8 @@ def _check(files: Tensors, specs: Mapping[str, ParamSpec], cfg: ModelConfig) -> 
     prefix = FAMILIES[cfg.family].prefix
     if not any(name.startswith(prefix) for name in files.info):
         sources = {path: _without(prefix, each) for path, each in sources.items()}
+    for ending, older in FAMILIES[cfg.family].older:
+        sources = {path: _renamed(files, each, ending, older) for path, each in sources.items()}
     if cfg.tie_embedding and head in files.info:
         tied = [head]
         _settle_tied_head(files, sources, head)
@@ -227,6 +229,18 @@ def _check(files: Tensors, specs: Mapping[str, ParamSpec], cfg: ModelConfig) -> 
 
 def _without(prefix: str, sources: Sources) -> Sources:
     return {at: tuple(name.removeprefix(prefix) for name in names) for at, names in sources.items()}
+
+
+def _renamed(files: Tensors, sources: Sources, ending: str, older: str) -> Sources:
+    """`sources` with the older names of tensors that the files have under those only."""
+
+    def found(name: str) -> str:
+        old = name.removesuffix(ending) + older
+        return (
+            old if name.endswith(ending) and name not in files.info and old in files.info else name
+        )
+
+    return {at: tuple(map(found, names)) for at, names in sources.items()}
 
 
 def _check_missing(files: Tensors, expected: list[str], head: str) -> None:

@@ -28,7 +28,6 @@ _CONSTANT: dict[str, Any] = {
     "megatron_core": "megatron.core",
     "modules_to_save": None,
     "peft_type": "LORA",
-    "task_type": "CAUSAL_LM",
 }
 # Keys we read, and keys that say nothing about what the adapter computes.
 _READ = frozenset(
@@ -67,6 +66,7 @@ def write_config(
         "lora_dropout": config.dropout,
         "r": config.r,
         "revision": revision,
+        "task_type": config.task_type,
         "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
     }
@@ -162,6 +162,7 @@ def _translate(content: Mapping[str, Any]) -> LoraConfig:
         use_rslora=bool(content.get("use_rslora")),
         use_dora=bool(content.get("use_dora")),
         lora_bias=bool(content.get("lora_bias")),
+        task_type=content.get("task_type", "CAUSAL_LM"),
     )
 
 

@@ -25,6 +25,7 @@ from jaxlora.generation.decoding import generate
 from jaxlora.generation.sampling import SamplingOptions
 from jaxlora.generation.text import answer_text, end_ids
 from jaxlora.models.parameters import describe
+from jaxlora.models.task import NEXT_TOKEN, task_of
 from jaxlora.models.transformer import Transformer
 
 
@@ -131,6 +132,11 @@ def load(
     """
     base, adapter_folder = locate(model, adapter, revision)
     cfg, _ = read_model_config(base)
+    if task_of(cfg) != NEXT_TOKEN:
+        raise UserError(
+            f"{base}: {cfg.family} does not write text (it is for {task_of(cfg).pipeline}); "
+            "score it with jaxlora evaluate."
+        )
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     made = None
     if adapter_folder is not None and quantization is None:

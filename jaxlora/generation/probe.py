@@ -15,7 +15,9 @@ _ROWS, _LENGTH = 2, 32
 def probe_tokens(cfg: ModelConfig) -> Int[np.ndarray, "B T"]:
     """Returns the tokens: random, the same for every model of this vocabulary and context."""
     length = min(_LENGTH, cfg.max_context)
-    return np.random.default_rng(0).integers(0, cfg.vocab_size, (_ROWS, length))
+    # RoBERTa counts positions past its padding token, so that one is left out.
+    first = cfg.position_offset
+    return np.random.default_rng(0).integers(first, cfg.vocab_size, (_ROWS, length))
 
 
 def probe_logits(cfg: ModelConfig, params: Tree) -> Float[np.ndarray, "B T V"]:

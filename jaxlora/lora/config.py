@@ -28,6 +28,8 @@ class LoraConfig:
         from fully trained weights.
       init: how A and B start, PEFT's ``init_lora_weights``; see `jaxlora.lora.initializers`.
       loftq_iter: rounds of quantizing and decomposing of ``init="loftq"``.
+      task_type: PEFT's name of what the model is for; None for masked-language modelling, which has
+        none there.
 
     Raises:
       UserError: a value out of range.
@@ -47,6 +49,7 @@ class LoraConfig:
     lora_bias: bool = False
     init: bool | str = True
     loftq_iter: int = 1
+    task_type: str | None = "CAUSAL_LM"
 
     def __post_init__(self):
         for r in (self.r, *self.rank_pattern.values()):

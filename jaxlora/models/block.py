@@ -15,7 +15,7 @@ class Block(nnx.Module):
         self.cfg = cfg
 
         def norm(place: str) -> Norm | None:
-            asked = place in cfg.norms
+            asked = place in shape.norms
             return Norm((cfg.embed_dim,), cfg, bias=cfg.norm_bias) if asked else None
 
         self.attention_in_norm, self.attention_out_norm = (
@@ -23,6 +23,7 @@ class Block(nnx.Module):
             norm("attention_out"),
         )
         self.mlp_in_norm, self.mlp_out_norm = norm("mlp_in"), norm("mlp_out")
+        self.attention_sum_norm, self.mlp_sum_norm = norm("attention_sum"), norm("mlp_sum")
         self.attention = Attention(cfg)
         self.mlp = MixtureOfExperts(cfg) if shape.experts else Mlp(cfg)
 
@@ -33,9 +34,10 @@ class Block(nnx.Module):
         if self.cfg.parallel_block:
             z = self.mlp(into if self.mlp_in_norm is None else self.mlp_in_norm(x))
             return x + y + _through(self.mlp_out_norm, z) * scale, cache
-        x = x + y
+        x = _through(self.attention_sum_norm, x + y)
         z = self.mlp(_through(self.mlp_in_norm, x))
-        return x + _through(self.mlp_out_norm, z) * scale, cache
+        x = x + _through(self.mlp_out_norm, z) * scale
+        return _through(self.mlp_sum_norm, x), cache
 
 
 def _through(norm: Norm | None, x):

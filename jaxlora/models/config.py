@@ -56,10 +56,16 @@ class ModelConfig:
       family: key of `jaxlora.models.families.FAMILIES`: where the parameter names come from.
       tie_embedding: whether the head is the embedding.
       head_bias: whether the head has a bias.
+      head_activation: activation of one more dense layer (and norm) before the head, which encoders
+        have; None for none.
+      head_dense_bias, head_norm: whether that layer has a bias and is followed by a norm.
       embed_scale: multiplies the embedded tokens.
+      embed_norm: whether the embedded tokens are normed.
+      token_types: rows of a learned table of token types (BERT: first or second text), 0 for none.
       logit_scale: multiplies the logits.
       logit_softcap: logits are bent into ``(-logit_softcap, logit_softcap)`` by a tanh.
       learned_positions: rows of a learned position table, 0 for none.
+      position_offset: row of the table for position 0.
       rotary_dim: channels of a head that rotary positions turn, 0 for none, None for all.
       rope_interleaved: whether the turned pairs are ``(2i, 2i + 1)``.
       nope_layers: layers without rotary positions.
@@ -78,7 +84,10 @@ class ModelConfig:
       norm: ``rms`` or ``layer`` (mean subtracted).
       norm_bias: whether norms (but not those of queries and keys: `qk_norm_bias`) have a bias.
       norm_offset: added to the weight of a norm.
-      norms: where a layer has norms: before (``in``) and after (``out``) attention and MLP.
+      norms: where a layer has norms: before (``in``) and after (``out``) attention and MLP, or on
+        the stream after each was added (``sum``).
+      bare_layers: layers whose attention reads the stream without its ``attention_in`` norm.
+      final_norm: whether the last hidden states are normed.
       parallel_block: attention and MLP both read the layer's input; without an ``mlp_in`` norm the
         MLP shares attention's.
       residual_scale: multiplies what attention and MLP add to the stream.
@@ -104,10 +113,16 @@ class ModelConfig:
     family: str = "LlamaForCausalLM"
     tie_embedding: bool = False
     head_bias: bool = False
+    head_activation: str | None = None
+    head_dense_bias: bool = True
+    head_norm: bool = True
     embed_scale: float = 1.0
+    embed_norm: bool = False
+    token_types: int = 0
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     learned_positions: int = 0
+    position_offset: int = 0
     rope_scaling: RopeScaling | None = None
     rotary_dim: int | None = None
     rope_interleaved: bool = False
@@ -127,6 +142,8 @@ class ModelConfig:
     norm_bias: bool = False
     norm_offset: float = 0.0
     norms: tuple[str, ...] = ("attention_in", "mlp_in")
+    bare_layers: tuple[int, ...] = ()
+    final_norm: bool = True
     parallel_block: bool = False
     residual_scale: float = 1.0
     activation: str = "silu"

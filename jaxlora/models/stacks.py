@@ -23,9 +23,11 @@ class LayerShape:
     """What decides which parameters a layer has, beside the model's config.
 
     Attributes:
+      norms: see `ModelConfig.norms`.
       experts: whether it has a mixture of experts in place of the MLP.
     """
 
+    norms: tuple[str, ...]
     experts: bool = False
 
 
@@ -46,8 +48,12 @@ class Stack:
 
 def layer_shapes(cfg: ModelConfig) -> tuple[LayerShape, ...]:
     """Returns the shape of every layer."""
+    bare = tuple(place for place in cfg.norms if place != "attention_in")
     sparse = () if cfg.moe is None else cfg.moe.layers
-    return tuple(LayerShape(layer in sparse) for layer in range(cfg.num_layers))
+    return tuple(
+        LayerShape(bare if layer in cfg.bare_layers else cfg.norms, layer in sparse)
+        for layer in range(cfg.num_layers)
+    )
 
 
 def make_stacks(cfg: ModelConfig) -> tuple[Stack, ...]:

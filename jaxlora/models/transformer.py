@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from jaxlora.core import axes
 from jaxlora.models.block import Block
 from jaxlora.models.config import ModelConfig
+from jaxlora.models.head import HeadTransform, language_head
 from jaxlora.models.layers import LayerCache, Linear, Norm
 from jaxlora.models.parameters import ParamSpec, declare
 from jaxlora.models.stacks import AttentionInputs, Stack, make_stacks
@@ -90,21 +91,16 @@ class Transformer(nnx.Module):
         self.embed_positions = (
             _table(cfg.learned_positions, axes.POSITIONS, cfg) if cfg.learned_positions else None
         )
+        self.embed_types = (
+            _table(cfg.token_types, axes.TOKEN_TYPES, cfg) if cfg.token_types else None
+        )
+        self.embed_norm = _norm(cfg) if cfg.embed_norm else None
         for stack in make_stacks(cfg):
             for name, shape in zip(stack.names, stack.shapes, strict=True):
                 setattr(self, name, Block(cfg, shape))
-        self.norm = Norm((cfg.embed_dim,), cfg, bias=cfg.norm_bias)
-        self.lm_head = (
-            None
-            if cfg.tie_embedding
-            else Linear(
-                (cfg.embed_dim, cfg.vocab_size),
-                (axes.EMBED, axes.VOCAB),
-                cfg,
-                bias=cfg.head_bias,
-                kind="head",
-            )
-        )
+        self.norm = _norm(cfg) if cfg.final_norm else None
+        self.head_transform = HeadTransform(cfg) if cfg.head_activation else None
+        self.lm_head = language_head(cfg)
 
     def __call__(
         self,
@@ -112,6 +108,7 @@ class Transformer(nnx.Module):
         positions: Int[Array, "B T"],
         segments: Int[Array, "B T"],
         cache: Cache | None = None,
+        types: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
         """Returns the last hidden states (after the final norm) and the cache with these tokens.
 
@@ -120,8 +117,9 @@ class Transformer(nnx.Module):
           positions: position of each token in its own sequence.
           segments: sequence number of each token in its row, 0 for padding.
           cache: keys and values of earlier tokens; None attends within `tokens` only.
+          types: token types (BERT: 0 in the first text, 1 in the second); None for all 0.
         """
-        x = self._embedded(tokens, positions)
+        x = self._embedded(tokens, positions, types)
         if cache is not None:
             cache = _note_tokens(cache, positions, segments)
         seen = (positions, segments) if cache is None else (cache.positions, cache.segments)
@@ -133,15 +131,21 @@ class Transformer(nnx.Module):
         if cache is not None:
             index = cache.index + tokens.shape[1]
             cache = dataclasses.replace(cache, layers=caches, index=index)
-        return self.norm(x), cache
+        return x if self.norm is None else self.norm(x), cache
 
-    def _embedded(self, tokens, positions) -> Float[Array, "B T D"]:
+    def _embedded(self, tokens, positions, types) -> Float[Array, "B T D"]:
         x = embed(tokens, self.embed["embedding"].get_value()).astype(self.dtype)
         if self.cfg.embed_scale != 1.0:
             x = x * jnp.asarray(self.cfg.embed_scale, self.dtype)
         if self.embed_positions is not None:
             table = self.embed_positions["embedding"].get_value()
-            x = x + embed(positions, table).astype(self.dtype)
+            x = x + embed(positions + self.cfg.position_offset, table).astype(self.dtype)
+        if self.embed_types is not None:
+            table = self.embed_types["embedding"].get_value()
+            types = jnp.zeros_like(tokens) if types is None else types
+            x = x + embed(types, table).astype(self.dtype)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
         return self.constrain(x, (axes.BATCH, axes.SEQUENCE, None))
 
     def _run(self, stack: Stack, x, inputs: AttentionInputs, cache: Cache | None):
@@ -174,14 +178,22 @@ class Transformer(nnx.Module):
         return x, dict(zip(stack.names, layer_caches, strict=True))
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Returns float32 next-token logits."""
-        if self.lm_head is None:
-            y = unembed(hidden, self.embed["embedding"].get_value())
-        else:
+        """Returns float32 logits: of the next token, of the token itself in an encoder."""
+        if self.head_transform is not None:
+            hidden = self.head_transform(hidden)
+        if isinstance(self.lm_head, Linear):
             y = self.lm_head(hidden, out_dtype=jnp.float32)
+        else:
+            y = unembed(hidden, self.embed["embedding"].get_value())
+            if self.lm_head is not None:
+                y = y + self.lm_head["bias"].get_value().astype(y.dtype)
         y = y * self.cfg.logit_scale
         cap = self.cfg.logit_softcap
         return y if cap is None else cap * jnp.tanh(y / cap)
+
+
+def _norm(cfg: ModelConfig) -> Norm:
+    return Norm((cfg.embed_dim,), cfg, bias=cfg.norm_bias)
 
 
 def _table(rows: int, row_axis: str, cfg: ModelConfig) -> nnx.Dict:

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxlora.config.load import dump_config
 from jaxlora.core.version import __version__
+from jaxlora.models.task import task_of
 from jaxlora.training.metrics import METRICS_FILE, read_lines
 from jaxlora.training.plot import LOSS_PLOT, plot_losses
 from jaxlora.training.setup import Plan
@@ -46,12 +47,12 @@ def write_report(plan: Plan, result: TrainResult) -> None:
 
 
 def _card(plan: Plan, result: TrainResult) -> str:
-    config = plan.config
+    config, task = plan.config, task_of(plan.model.cfg)
     adapter = plan.model.lora is not None
     front = {
         "base_model": config.base_model,
         "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": task.pipeline,
     }
     rows = [
         ("steps", f"{result.steps}"),
@@ -63,10 +64,10 @@ def _card(plan: Plan, result: TrainResult) -> str:
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows if value)
     use = (
-        f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({config.base_model!r}), "
+        f"PeftModel.from_pretrained({task.auto_class}.from_pretrained({config.base_model!r}), "
         "folder)"
         if adapter
-        else "AutoModelForCausalLM.from_pretrained(folder)"
+        else f"{task.auto_class}.from_pretrained(folder)"
     )
     return f"""---
 {_front_matter(front)}

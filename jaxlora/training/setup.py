@@ -22,6 +22,7 @@ from jaxlora.lora import LoraConfig, Target, changes_base, match
 from jaxlora.lora.transform import Adapter
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import ParamSpec, describe
+from jaxlora.models.task import task_of
 from jaxlora.models.transformer import Transformer
 from jaxlora.parallel.mesh import batch_shards, make_mesh
 from jaxlora.parallel.rules import Placement
@@ -88,6 +89,8 @@ def open_model(config: Config) -> Model:
         check_weights(folder, cfg)
         fingerprint = base_fingerprint(folder)
     lora = settings.lora_config(config)
+    if lora is not None:
+        lora = dataclasses.replace(lora, task_type=task_of(cfg).peft)
     targets: dict[str, Target] = {}
     adapter = None
     if lora is not None and config.lora_model_dir:

@@ -50,6 +50,13 @@ def _case(family: str, config: str = "", /, **fields: Any) -> Case:
     return Case(family, config, fields)
 
 
+_ENCODER = {**_NO_GQA, "cls_token_id": 1, "sep_token_id": 2}
+
+
+def _encoder(family: str, **fields: Any) -> Case:
+    return Case(family, family.replace("ForMaskedLM", "Config"), {**_ENCODER, **fields})
+
+
 CASES: dict[str, Case] = {
     "llama 1": _case("LlamaForCausalLM", **{**_TINY, "num_key_value_heads": 4}),
     "llama 2, gqa": _case("LlamaForCausalLM", **_TINY),
@@ -239,6 +246,30 @@ CASES: dict[str, Case] = {
         num_kv_heads=2,
         num_ln_in_parallel_attn=1,
         bias=True,
+    ),
+    "bert": _encoder("BertForMaskedLM"),
+    "bert, untied, relu": _encoder(
+        "BertForMaskedLM", hidden_act="relu", tie_word_embeddings=False, layer_norm_eps=1e-3
+    ),
+    "roberta": _encoder("RobertaForMaskedLM", pad_token_id=1, bos_token_id=0, type_vocab_size=1),
+    "roberta, gelu_new": _encoder("RobertaForMaskedLM", hidden_act="gelu_new"),
+    "roberta, untied": _encoder("RobertaForMaskedLM", tie_word_embeddings=False),
+    "modernbert": _encoder("ModernBertForMaskedLM", num_hidden_layers=5, local_attention=8),
+    "modernbert, biases": _encoder(
+        "ModernBertForMaskedLM",
+        local_attention=6,
+        attention_bias=True,
+        mlp_bias=True,
+        norm_bias=True,
+        classifier_bias=True,
+        decoder_bias=False,
+        classifier_activation="relu",
+        hidden_activation="gelu_pytorch_tanh",
+        tie_word_embeddings=False,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 9e4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        },
     ),
     "falcon, sequential": _case(
         "FalconForCausalLM", **_FALCON, multi_query=False, parallel_attn=False, bias=True

@@ -1,6 +1,6 @@
 """Model families as data: one row of differences each. See `row.Family` and docs."""
 
-from jaxlora.models.families import experts, gemma, gpt, layernorm, llama
+from jaxlora.models.families import encoders, experts, gemma, gpt, layernorm, llama
 from jaxlora.models.families.row import Family
 
 FAMILIES: dict[str, Family] = {
@@ -9,4 +9,5 @@ FAMILIES: dict[str, Family] = {
     **experts.ROWS,
     **layernorm.ROWS,
     **gpt.ROWS,
+    **encoders.ROWS,
 }

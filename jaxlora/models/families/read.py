@@ -65,11 +65,12 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     }
     if "rotary_dim" not in read:
         read |= read_rope(fields, read["head_dim"])
-    if read["activation"] not in ACTIVATIONS:
-        raise UserError(
-            f"config.json: activation {read['activation']!r} is not supported; "
-            f"supported: {', '.join(ACTIVATIONS)}."
-        )
+    for activation in (read["activation"], read.get("head_activation")):
+        if activation is not None and activation not in ACTIVATIONS:
+            raise UserError(
+                f"config.json: activation {activation!r} is not supported; "
+                f"supported: {', '.join(ACTIVATIONS)}."
+            )
     return ModelConfig(family=name, **read)
 
 
@@ -93,7 +94,8 @@ def _architecture(hf: Mapping[str, Any]) -> str:
 def _refuse_unknown(hf: Mapping[str, Any], family: Family) -> None:
     expected = {**_EXPECTED, **family.expected}
     for name, value in hf.items():
-        if name in family.fields or name in _IGNORED or name in family.ignored:
+        known = name in family.fields or name in _IGNORED or name in family.ignored
+        if known and name not in family.expected:
             continue
         if name.startswith("_") or value is None or value in expected.get(name, ()):
             continue

@@ -16,6 +16,8 @@ _NEEDED = {
     "yarn": (),
     "longrope": ("short_factor", "long_factor"),
 }
+_THETAS = ("rope_theta", "rotary_emb_base", "global_rope_theta")
+_LOCAL_THETAS = ("rope_local_base_freq", "local_rope_theta")
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -31,7 +33,7 @@ def read_rope(fields: Fields, head_dim: int) -> dict[str, Any]:
     given = fields.get("rope_parameters") or {}
     by_type = {name: given[name] for name in (_FULL, _SLIDING) if name in given}
     rope = dict(by_type.get(_FULL) or given or fields.get("rope_scaling") or {})
-    theta = fields.get("rope_theta", fields.get("rotary_emb_base", 10000.0))
+    theta = next((fields[name] for name in _THETAS if name in fields), 10000.0)
     rope.setdefault("rope_theta", theta)
     part = fields.get("partial_rotary_factor", fields.get("rotary_pct", 1.0))
     part = rope.get("partial_rotary_factor", part)
@@ -41,13 +43,14 @@ def read_rope(fields: Fields, head_dim: int) -> dict[str, Any]:
     }
     if part != 1.0:
         read["rotary_dim"] = int(head_dim * part)
-    if "rope_local_base_freq" in fields:
+    local_theta = next((fields[name] for name in _LOCAL_THETAS if name in fields), None)
+    if local_theta is not None:
         local = by_type.get(_SLIDING, {})
         if local.get("rope_type", "default") != "default":
             raise UserError(
                 "config.json: rope_parameters: a scaling of the sliding layers is not supported."
             )
-        read["local_rope_theta"] = float(local.get("rope_theta", fields["rope_local_base_freq"]))
+        read["local_rope_theta"] = float(local.get("rope_theta", local_theta))
     return read
 
 

@@ -23,7 +23,9 @@ class Family:
       ignored: fields that do not change what the model computes.
       prefix: what tensor names begin with in a file saved with the head, and not in one saved
         without (GPT-2's own repository).
-      buffers: endings of tensors in a file that follow from config.json.
+      buffers: endings of tensors in a file that follow from config.json, or belong to heads of
+        pre-training that the model does not have.
+      older: ``(ending, older ending)`` of tensors that some files have under another name.
     """
 
     fields: Fields
@@ -33,6 +35,7 @@ class Family:
     ignored: frozenset[str] = frozenset()
     prefix: str = "model."
     buffers: tuple[str, ...] = ()
+    older: tuple[tuple[str, str], ...] = ()
 
     def but(
         self,
