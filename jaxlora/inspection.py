@@ -8,7 +8,7 @@ from pathlib import Path
 from jaxlora.checkpoints import hub
 from jaxlora.checkpoints.adapter_files import open_adapter
 from jaxlora.checkpoints.gguf_files import gguf_file, open_weights
-from jaxlora.checkpoints.load import check_weights, read_model_config
+from jaxlora.checkpoints.load import check_weights, read_model_config, storage_of
 from jaxlora.checkpoints.peft_config import CONFIG_FILE
 from jaxlora.checkpoints.store import CheckpointStore, locate
 from jaxlora.checkpoints.tensor_view import Tensors
@@ -55,6 +55,7 @@ def _model(folder: Path) -> Rows:
     cfg, raw = read_model_config(folder)
     specs = describe(cfg)
     check_weights(folder, cfg)
+    storage = storage_of(folder)
     files = open_weights(folder)
     total = sum(spec.size for spec in specs.values())
     linear = sum(spec.size for spec in specs.values() if spec.kind in ("linear", "experts"))
@@ -71,6 +72,7 @@ def _model(folder: Path) -> Rows:
         ("shape", _shape(cfg)),
         ("parameters", f"{total:,} ({linear:,} in linear layers)"),
         ("weights", _tensors(files)),
+        *([] if storage is None else [("quantized", storage.name)]),
         ("linear layers (LoRA targets)", ", ".join(names)),
         ("trained by LoRA r=16 on all", f"{_lora_size(specs, 16):,}"),
         ("base in memory, rest in bf16", sizes),

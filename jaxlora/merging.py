@@ -12,7 +12,7 @@ import numpy as np
 from jaxlora import lora
 from jaxlora.checkpoints.fingerprint import base_fingerprint
 from jaxlora.checkpoints.gguf_files import open_weights
-from jaxlora.checkpoints.load import QuantSpec, load_params, read_model_config
+from jaxlora.checkpoints.load import QuantSpec, load_params, read_model_config, storage_of
 from jaxlora.checkpoints.peft import load_adapter, trained_storage
 from jaxlora.checkpoints.save import save_model
 from jaxlora.checkpoints.tensors import FLOAT_DTYPES
@@ -206,6 +206,12 @@ def _difference(one: np.ndarray, other: np.ndarray) -> LogitDifference:
 
 
 def _stored_dtype(base: Path) -> str:
+    names = {jnp.dtype(dtype).name for dtype in FLOAT_DTYPES.values()}
+    _, raw = read_model_config(base)
+    written = raw.get("dtype") or raw.get("torch_dtype")
+    # Of a quantized base the tensors are scales and codes, whose dtype says little.
+    if storage_of(base) is not None and written in names:
+        return written
     infos = [info for info in open_weights(base).info.values() if info.dtype in FLOAT_DTYPES]
     largest = max(infos, key=lambda info: info.size)  # norms are often stored in float32
     return jnp.dtype(FLOAT_DTYPES[largest.dtype]).name

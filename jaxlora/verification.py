@@ -11,7 +11,7 @@ from jaxlora import lora
 from jaxlora.checkpoints.adapter_files import open_adapter
 from jaxlora.checkpoints.fingerprint import base_fingerprint
 from jaxlora.checkpoints.json_files import read_json_object
-from jaxlora.checkpoints.load import load_params, read_model_config
+from jaxlora.checkpoints.load import load_params, read_model_config, storage_of
 from jaxlora.checkpoints.peft import load_adapter
 from jaxlora.checkpoints.peft_config import CONFIG_FILE
 from jaxlora.checkpoints.tensors import TensorFiles
@@ -21,6 +21,7 @@ from jaxlora.generation.probe import probe_logits, probe_tokens
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import describe
 from jaxlora.models.task import task_of
+from jaxlora.ops.arrays import CODED
 
 TOLERANCE = 1e-4  # float32 on both sides; a few layers of summation order
 
@@ -78,6 +79,12 @@ def verify(
         raise UserError(
             f"{folder}: is in {layout}'s layout, which PEFT does not read; write it in PEFT's with "
             "jaxlora export first."
+        )
+    storage = storage_of(base)
+    if storage is not None and storage.format not in CODED:
+        raise UserError(
+            f"{base}: is quantized ({storage.name}), and PEFT has no exact arithmetic for such "
+            "weights on a CPU to compare with; verify needs a plain base, or one in nf4 or fp4."
         )
     cfg, _ = read_model_config(base)
     specs = describe(cfg)

@@ -7,6 +7,10 @@ from jaxlora.checkpoints import bitsandbytes_files, packed_files
 from jaxlora.checkpoints.storage import Storage
 from jaxlora.core.errors import UserError
 
+# Fields of config.json that say how weights are quantized.
+STORAGE_KEYS = ("quantization_config", "compression_config")
+_WHERE = "config.json: quantization_config"
+
 
 def read_storage(raw: Mapping[str, Any]) -> Storage | None:
     """Returns how the weights of a model are quantized, None if they are not.
@@ -20,22 +24,22 @@ def read_storage(raw: Mapping[str, Any]) -> Storage | None:
     >>> read_storage({"quantization_config": {"quant_method": "awq", "bits": 4}}).name
     'AWQ 4-bit, group size 128'
     """
-    given = raw.get("quantization_config") or raw.get("compression_config")
+    given = next((raw[key] for key in STORAGE_KEYS if raw.get(key)), None)
     if not given:
         return None
     if not isinstance(given, Mapping):
-        raise UserError(f"quantization_config: expected an object, got {given!r}.")
+        raise UserError(f"{_WHERE}: expected an object, got {given!r}.")
     method = str(given.get("quant_method", "bitsandbytes" if _is_bitsandbytes(given) else None))
     if method not in _METHODS:
         raise UserError(
-            f"quantization_config: quant_method {method} is not supported; supported: "
+            f"{_WHERE}: quant_method {method} is not supported; supported: "
             f"{', '.join(_METHODS)}; give the unquantized model and set load_in_4bit: true."
         )
     try:
         return _METHODS[method](given)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(
-            f"quantization_config: a field of {method} has a value of the wrong kind ({error})."
+            f"{_WHERE}: a field of {method} has a value of the wrong kind ({error})."
         ) from error
 
 
@@ -81,8 +85,8 @@ def _compressed_tensors(given: Mapping[str, Any]) -> Storage:
     weights = groups[0]["weights"]
     if any(group["weights"] != weights or group.get("input_activations") for group in groups):
         raise UserError(
-            "quantization_config: config_groups of unlike weights, or with quantized activations, "
-            "are not supported; give the unquantized model and set load_in_4bit: true."
+            f"{_WHERE}: config_groups of unlike weights, or with quantized activations, are not "
+            "supported; give the unquantized model and set load_in_4bit: true."
         )
     _one_of(weights, "type", ("int",), "int", method)
     strategy = _one_of(weights, "strategy", ("group", "channel"), "group", method)
@@ -100,7 +104,7 @@ def _one_of(
     value = given.get(key, default)
     if value not in supported:
         raise UserError(
-            f"quantization_config: {method} with {key} {value} is not supported; supported: "
+            f"{_WHERE}: {method} with {key} {value} is not supported; supported: "
             f"{', '.join(map(str, supported))}; give the unquantized model and set "
             "load_in_4bit: true."
         )

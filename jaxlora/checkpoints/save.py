@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxlora.checkpoints.atomic import staged
+from jaxlora.checkpoints.prequantized import STORAGE_KEYS
 from jaxlora.checkpoints.write import write_tensors
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import flatten
@@ -171,6 +172,8 @@ def _write_config(
         config = dict(json.loads((Path(source) / "config.json").read_text(encoding="utf-8")))
     # Older readers know only torch_dtype; newer ones write dtype and read both.
     words = [word for word in ("dtype", "torch_dtype") if word in config] or ["torch_dtype"]
+    # What was quantized there is plain here.
+    config = {key: value for key, value in config.items() if key not in STORAGE_KEYS}
     _write_json(stage / "config.json", {**config, **dict.fromkeys(words, dtype.name)})
 
 

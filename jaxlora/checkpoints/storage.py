@@ -50,7 +50,11 @@ class Storage:
 
     def holds(self, weight: str, info: Mapping[str, TensorInfo]) -> bool:
         """Whether the tensor name `weight` stands for a quantized matrix in these files."""
-        return self.marker.format(_module(weight)) in info
+        return self.marker_of(weight) in info
+
+    def marker_of(self, weight: str) -> str:
+        """Returns the name of the tensor that tells whether `weight` is quantized."""
+        return self.marker.format(_module(weight))
 
     def tensors(self, weight: str, shape: Shape, info: Mapping[str, TensorInfo]) -> dict[str, str]:
         """Returns ``{part: tensor name}`` of a quantized weight, checked against the headers.
@@ -64,10 +68,10 @@ class Storage:
             if name not in info:
                 if wanted.optional:
                     continue
-                marker = info[self.marker.format(_module(weight))]
+                marker = self.marker_of(weight)
                 raise UserError(
-                    f"{marker.file}: {name} is missing beside {self.marker.format(_module(weight))}"
-                    f" ({self.name}); download the model again."
+                    f"{info[marker].file}: {name} is missing beside {marker} ({self.name}); "
+                    "download the model again."
                 )
             _check_part(name, info[name], wanted, self.name)
             found[part] = name

@@ -17,6 +17,7 @@ Stored = Array | np.ndarray
 
 # Formats whose values are indices into a table of 16 numbers, stored [out, in / 2].
 CODED = frozenset({"nf4", "fp4", "mxfp4"})
+FOUR_BIT = CODED | {"int4"}
 
 
 @jax.tree_util.register_dataclass

@@ -135,3 +135,23 @@ def unpack(quantized: QuantizedArray) -> QuantizedArray:
     if not quantized.packed:
         return quantized
     return dataclasses.replace(quantized, values=integer.unpack(quantized.values), packed=False)
+
+
+def beside(left: QuantizedArray, right: QuantizedArray) -> QuantizedArray:
+    """Returns the host leaf of two matrices side by side, ``[in, out + out']``.
+
+    Raises:
+      UserError: they are stored in unlike ways, or their scales belong to no row.
+    """
+    by_row = not isinstance(left.scales, DoubleQuantized) and left.scales.ndim == left.values.ndim
+    alike = jax.tree.structure(left) == jax.tree.structure(right)
+    groups: list[Any] = [left.groups, right.groups]
+    if not (by_row and alike and np.array_equal(*groups)):
+        raise UserError("matrices quantized apart cannot be joined to one; use the plain model")
+    axis = -2 if left.format in CODED else -1
+    joined = {
+        name: np.concatenate([getattr(left, name), getattr(right, name)], axis=axis)
+        for name in ("values", "scales", "zeros")
+        if getattr(left, name) is not None
+    }
+    return dataclasses.replace(left, **joined)

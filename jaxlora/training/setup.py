@@ -9,8 +9,9 @@ import jax
 
 from jaxlora.checkpoints import hub
 from jaxlora.checkpoints.fingerprint import base_fingerprint
-from jaxlora.checkpoints.load import check_weights, read_model_config
+from jaxlora.checkpoints.load import check_weights, read_model_config, storage_of
 from jaxlora.checkpoints.peft import load_adapter
+from jaxlora.checkpoints.storage import Storage
 from jaxlora.config import derived, settings
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError
@@ -24,6 +25,7 @@ from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import ParamSpec, describe
 from jaxlora.models.task import task_of
 from jaxlora.models.transformer import Transformer
+from jaxlora.ops.arrays import FOUR_BIT
 from jaxlora.parallel.mesh import batch_shards, make_mesh
 from jaxlora.parallel.rules import Placement
 
@@ -86,6 +88,7 @@ def open_model(config: Config) -> Model:
     specs = describe(cfg)
     fingerprint = ""
     if not config.reinit_weights:
+        _check_storage(config, storage_of(folder))
         check_weights(folder, cfg)
         fingerprint = base_fingerprint(folder)
     lora = settings.lora_config(config)
@@ -118,6 +121,39 @@ def open_model(config: Config) -> Model:
     return Model(
         folder, cfg, specs, tokenizer, fingerprint, targets, lora, adapter, transformer, placement
     )
+
+
+def _check_storage(config: Config, storage: Storage | None) -> None:
+    """Refuses settings that contradict weights which are quantized in the files."""
+    if storage is None:
+        return
+    if config.adapter is None:
+        raise UserError(
+            f"adapter: {config.base_model} is quantized ({storage.name}) and cannot be trained "
+            "itself; set adapter: qlora or lora, or give the unquantized model."
+        )
+    lora = settings.lora_config(config)
+    if lora is not None and not config.lora_model_dir and changes_base(lora.init):
+        raise UserError(
+            f"peft_init_lora_weights: {lora.init} takes the adapter out of the base, and "
+            f"{config.base_model} is quantized already ({storage.name}); remove it, or give the "
+            "unquantized model."
+        )
+    kwargs = config.bnb_config_kwargs
+    asked = {
+        "quantization": config.quantization,
+        "load_in_4bit": config.load_in_4bit and "4-bit",
+        "load_in_8bit": config.load_in_8bit and "8-bit",
+        "bnb_4bit_quant_type": "bnb_4bit_quant_type" in kwargs.model_fields_set
+        and kwargs.bnb_4bit_quant_type,
+    }
+    bits = "4-bit" if storage.format in FOUR_BIT else "8-bit"
+    for key, value in asked.items():
+        if value and value not in (storage.format, bits):
+            raise UserError(
+                f"{key}: {value} contradicts the weights of {config.base_model}, which are "
+                f"quantized already ({storage.name}); remove {key} to use them as they are."
+            )
 
 
 def _with_dropout(targets: dict[str, Target], dropout: float) -> dict[str, Target]:
