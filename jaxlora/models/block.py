@@ -4,6 +4,7 @@ from flax import nnx
 
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.layers import Attention, Mlp, Norm
+from jaxlora.models.mla import LatentAttention
 from jaxlora.models.moe import MixtureOfExperts
 from jaxlora.models.stacks import LayerShape
 
@@ -24,7 +25,7 @@ class Block(nnx.Module):
         )
         self.mlp_in_norm, self.mlp_out_norm = norm("mlp_in"), norm("mlp_out")
         self.attention_sum_norm, self.mlp_sum_norm = norm("attention_sum"), norm("mlp_sum")
-        self.attention = Attention(cfg)
+        self.attention = Attention(cfg) if cfg.mla is None else LatentAttention(cfg)
         self.mlp = MixtureOfExperts(cfg) if shape.experts else Mlp(cfg)
 
     def __call__(self, x, angles, mask, cache, index):

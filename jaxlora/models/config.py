@@ -44,6 +44,28 @@ class Moe:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mla:
+    """Latent attention: keys and values through a bottleneck (DeepSeek-V2, 2024, section 2.1).
+
+    A head's queries and keys have channels without position, then channels that are turned; the
+    turned part of the key is one for all heads.
+
+    Attributes:
+      q_rank: width of the queries' bottleneck, None for none.
+      kv_rank: width of the bottleneck of keys and values.
+      rope_dim: turned channels; `ModelConfig.head_dim` counts both kinds.
+      value_dim: channels of a head's values.
+      norm_eps: of the norms in the bottlenecks.
+    """
+
+    q_rank: int | None
+    kv_rank: int
+    rope_dim: int
+    value_dim: int
+    norm_eps: float = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Shape and options of a transformer; `jaxlora.models.families` reads it from HF.
 
@@ -81,6 +103,8 @@ class ModelConfig:
         all), over each head with a weight for ``each_head``, or over all heads (``full``).
       attention_scale: what scores are multiplied by, None for ``head_dim ** -0.5``.
       attention_softcap: as `logit_softcap`, for the scores.
+      attention_sinks: whether each head has one more score that takes weight and gives no value.
+      mla: latent attention, None for the usual.
       norm: ``rms`` or ``layer`` (mean subtracted).
       norm_bias: whether norms (but not those of queries and keys: `qk_norm_bias`) have a bias.
       norm_offset: added to the weight of a norm.
@@ -138,6 +162,8 @@ class ModelConfig:
     qk_norm_bias: bool = False
     attention_scale: float | None = None
     attention_softcap: float | None = None
+    attention_sinks: bool = False
+    mla: Mla | None = None
     norm: str = "rms"
     norm_bias: bool = False
     norm_offset: float = 0.0
@@ -154,3 +180,8 @@ class ModelConfig:
     conv1d: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
     init_std: float = 0.02
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of a head's values."""
+        return self.head_dim if self.mla is None else self.mla.value_dim

@@ -18,7 +18,7 @@ from jaxlora.ops.attention import attention
 from jaxlora.ops.matmul import matmul
 from jaxlora.ops.rope import Angles, rotate
 
-LayerCache = tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]
+LayerCache = tuple[Float[Array, "B S K H"], Float[Array, "B S K W"]]
 
 
 class Linear(nnx.Module):
@@ -97,6 +97,8 @@ class Attention(nnx.Module):
             self.qkv_proj = Linear((embed, q_dim + 2 * kv_dim), to_heads, cfg, bias=bias)
         self.q_norm, self.k_norm = _qk_norm(cfg.num_heads, cfg), _qk_norm(cfg.num_kv_heads, cfg)
         self.o_proj = Linear((q_dim, embed), (axes.HEADS, axes.EMBED), cfg, bias=cfg.output_bias)
+        sinks = ParamSpec((cfg.num_heads,), (axes.HEADS,), "zeros", kind="bias")
+        self.sinks = declare(sinks) if cfg.attention_sinks else None
 
     def __call__(
         self,
@@ -113,7 +115,15 @@ class Attention(nnx.Module):
         q, k = checkpoint_name(q, "query"), checkpoint_name(k, "key")
         v = checkpoint_name(v, "value")
         k, v, cache = remember(k, v, cache, index)
-        y = attention(q, k, v, mask, scale=cfg.attention_scale, softcap=cfg.attention_softcap)
+        y = attention(
+            q,
+            k,
+            v,
+            mask,
+            scale=cfg.attention_scale,
+            softcap=cfg.attention_softcap,
+            sinks=None if self.sinks is None else self.sinks.get_value(),
+        )
         y = checkpoint_name(y.reshape(*y.shape[:2], -1), "attention")
         return self.o_proj(y), cache
 

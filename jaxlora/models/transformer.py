@@ -44,7 +44,7 @@ class Cache:
     has segment 0, so nothing attends to it.
 
     Attributes:
-      layers: keys and values ``[L, B, S, K, H]`` of every stack.
+      layers: keys ``[L, B, S, K, H]`` and values ``[L, B, S, K, W]`` of every stack.
     """
 
     layers: dict[str, LayerCache]
@@ -56,11 +56,11 @@ class Cache:
 def empty_cache(cfg: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> Cache:
     """Returns a cache with room for `length` tokens in each of `batch` rows."""
 
-    def zeros(layers: int) -> Array:
-        return jnp.zeros((layers, batch, length, cfg.num_kv_heads, cfg.head_dim), dtype)
+    def zeros(layers: int, channels: int) -> Array:
+        return jnp.zeros((layers, batch, length, cfg.num_kv_heads, channels), dtype)
 
     layers = {
-        name: (zeros(len(numbers)), zeros(len(numbers)))
+        name: (zeros(len(numbers), cfg.head_dim), zeros(len(numbers), cfg.value_dim))
         for stack in make_stacks(cfg)
         for name, numbers in zip(stack.names, stack.layers, strict=True)
     }

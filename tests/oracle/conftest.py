@@ -58,6 +58,9 @@ def scale_weights(model, seed: int) -> None:
                 parameter.copy_(noise * 1.3 / parameter.shape[1] ** 0.5)
             else:  # norms keep their mean of 1, biases theirs of 0
                 parameter.copy_(parameter.mean() + 0.2 * noise)
+        for name, buffer in model.named_buffers():
+            if "correction" in name:  # zeros in a fresh model, where they would show nothing
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
 
 
 def convert(model, folder: Path) -> tuple[ModelConfig, dict]:

@@ -27,6 +27,22 @@ _LONGROPE = {
 }
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 14}
 _SHARED = {"shared_expert_intermediate_size": 18}
+_LATENT = {
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 7,
+    "moe_intermediate_size": 14,
+}
+_GROUPS = {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2}
+_DEEPSEEK_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.9,
+}
 _SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
@@ -191,6 +207,69 @@ CASES: dict[str, Case] = {
         mlp_only_layers=[5],
         use_sliding_window=True,
         sliding_window=6,
+    ),
+    "deepseek-v2-lite": _case(
+        "DeepseekV2ForCausalLM",
+        **_NO_GQA,
+        **_LATENT,
+        n_routed_experts=6,
+        num_experts_per_tok=3,
+        first_k_dense_replace=1,
+        q_lora_rank=None,
+        rms_norm_eps=1e-5,
+    ),
+    "deepseek-v2": _case(
+        "DeepseekV2ForCausalLM",
+        **_NO_GQA,
+        **_LATENT,
+        **_GROUPS,
+        topk_method="group_limited_greedy",
+        routed_scaling_factor=1.9,
+        q_lora_rank=10,
+        attention_bias=True,
+        mlp_bias=True,
+        rope_parameters=_DEEPSEEK_YARN,
+    ),
+    "deepseek-v3": _case(
+        "DeepseekV3ForCausalLM",
+        **{**_TINY, "num_key_value_heads": 4},
+        **_LATENT,
+        **_GROUPS,
+        first_k_dense_replace=2,
+        q_lora_rank=10,
+        routed_scaling_factor=1.7,
+        rope_parameters={**_DEEPSEEK_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+    ),
+    "deepseek-v3, one group": _case(
+        "DeepseekV3ForCausalLM",
+        **{**_TINY, "num_key_value_heads": 4},
+        **_LATENT,
+        **{**_GROUPS, "n_group": 1, "topk_group": 1},
+        first_k_dense_replace=0,
+        q_lora_rank=None,
+        norm_topk_prob=False,
+        attention_bias=True,
+        rope_interleave=False,
+        tie_word_embeddings=True,
+    ),
+    "gpt-oss": _case(
+        "GptOssForCausalLM",
+        **{**_WIDE_HEADS, "num_hidden_layers": 4},
+        num_local_experts=5,
+        num_experts_per_tok=2,
+        sliding_window=5,
+    ),
+    "gpt-oss, clamped": _case(
+        "GptOssForCausalLM",
+        **{**_WIDE_HEADS, "num_key_value_heads": 1},
+        num_local_experts=4,
+        num_experts_per_tok=3,
+        sliding_window=7,
+        layer_types=_SLIDING,
+        swiglu_limit=0.8,
+        swiglu_alpha=1.3,
+        attention_bias=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     ),
     "phi-2": _case("PhiForCausalLM", **{**_TINY, "hidden_size": 32}),
     "phi, qk norm": _case("PhiForCausalLM", **{**_TINY, "hidden_size": 32}, qk_layernorm=True),

@@ -1,4 +1,4 @@
-"""Mixtures of experts: Mixtral, Qwen2-MoE and Qwen3-MoE."""
+"""Mixtures of experts: Mixtral, Qwen2-MoE, Qwen3-MoE and gpt-oss."""
 
 from collections.abc import Callable
 
@@ -151,8 +151,80 @@ QWEN3_MOE = QWEN3.but(
     ignored=BALANCE | {"max_window_layers"},
 )
 
+
+def _gpt_oss(fields: Fields) -> Moe:
+    return Moe(
+        layers=tuple(range(fields["num_hidden_layers"])),
+        num_experts=fields["num_local_experts"],
+        mlp_dim=fields["intermediate_size"],
+        routing=Routing(fields["num_experts_per_tok"], "chosen_softmax"),
+        router_bias=True,
+        bias=True,
+        transposed=False,
+        interleaved=True,
+        clamp=fields["swiglu_limit"],
+        gain=fields["swiglu_alpha"],
+    )
+
+
+def _every_other_window(fields: Fields) -> list[str]:
+    return [FULL if n % 2 else SLIDING for n in range(fields["num_hidden_layers"])]
+
+
+GPT_OSS = MISTRAL.but(
+    fields={
+        "vocab_size": 201088,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 64,
+        "head_dim": 64,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        "sliding_window": 128,
+        "layer_types": None,
+        "attention_bias": True,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 4,
+        "swiglu_limit": 7.0,
+        "swiglu_alpha": 1.702,
+    },
+    config={
+        "qkv_bias": field("attention_bias"),
+        "output_bias": field("attention_bias"),
+        "attention_sinks": True,
+        "sliding_layers": layers_of_type(SLIDING, _every_other_window),
+        "moe": _gpt_oss,
+    },
+    names={
+        **layer_names(
+            _LAYER,
+            {
+                "attention/sinks": "self_attn.sinks",
+                "mlp/router": "mlp.router",
+                "mlp/experts/gate_up_proj": "mlp.experts.gate_up_proj",
+                "mlp/experts/gate_up_proj/kernel": "mlp.experts.gate_up_proj",
+                "mlp/experts/gate_up_proj/bias": "mlp.experts.gate_up_proj_bias",
+                "mlp/experts/down_proj": "mlp.experts.down_proj",
+                "mlp/experts/down_proj/kernel": "mlp.experts.down_proj",
+                "mlp/experts/down_proj/bias": "mlp.experts.down_proj_bias",
+            },
+        ),
+    },
+    ignored=BALANCE | {"initial_context_length", "experts_per_token"},
+)
+
 ROWS: dict[str, Family] = {
     "MixtralForCausalLM": MIXTRAL,
     "Qwen2MoeForCausalLM": QWEN2_MOE,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
+    "GptOssForCausalLM": GPT_OSS,
 }

@@ -63,8 +63,8 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         option: value(fields) if callable(value) else value
         for option, value in family.config.items()
     }
-    if "rotary_dim" not in read:
-        read |= read_rope(fields, read["head_dim"])
+    if read.get("rotary_dim") != 0:
+        read = {**read_rope(fields, read["head_dim"]), **read}
     for activation in (read["activation"], read.get("head_activation")):
         if activation is not None and activation not in ACTIVATIONS:
             raise UserError(
@@ -74,7 +74,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(family=name, **read)
 
 
-_NULLABLE = ("sliding_window", "final_logit_softcapping", "attn_logit_softcapping")
+_NULLABLE = ("sliding_window", "final_logit_softcapping", "attn_logit_softcapping", "q_lora_rank")
 
 
 def _architecture(hf: Mapping[str, Any]) -> str:
