@@ -57,9 +57,10 @@ def read_rope(fields: Fields, head_dim: int) -> dict[str, Any]:
 def softmax_gain(fields: Fields) -> float:
     """Returns what DeepSeek multiplies the attention scale by where YaRN stretches the context."""
     rope = fields["rope_parameters"] or fields["rope_scaling"] or {}
-    kind, mscale = rope.get("rope_type", rope.get("type")), rope.get("mscale_all_dim")
-    stretched = kind not in (None, "default") and mscale
-    return yarn_gain(float(rope["factor"]), mscale) ** 2 if stretched else 1.0
+    kind, mscale = rope.get("rope_type", rope.get("type")), rope.get("mscale_all_dim") or 0.0
+    if kind in (None, "default") or not mscale:
+        return 1.0
+    return yarn_gain(float(rope["factor"]), float(mscale)) ** 2
 
 
 def _scaling(rope: Mapping[str, Any], fields: Fields) -> RopeScaling | None:
