@@ -35,6 +35,7 @@ An adapter that a jaxlora run made is put on the base as that run stored it.
     "merge": """examples:
   jaxlora merge outputs/quickstart --output merged
   jaxlora merge outputs/quickstart --output merged --quantization trained
+  jaxlora merge outputs/mine --output mine.gguf --gguf Q8_0
 A QLoRA adapter was trained on a quantized base. It is added to the base as it is on disk, as PEFT
 and Axolotl do; --quantization trained (or a format) adds it to the base as training saw it,
 quantized and back, so that the merged model answers as the run's own. The logit difference that
@@ -141,7 +142,10 @@ def _add_model(
 
 def _add_merge(command: argparse.ArgumentParser) -> None:
     _add_model(command, formats=("trained", *_FORMATS))
-    command.add_argument("--output", required=True, help="new folder")
+    command.add_argument("--output", required=True, help="new folder, or new .gguf file")
+    command.add_argument(
+        "--gguf", choices=("F16", "Q8_0"), help="write one GGUF file (also of a model alone)"
+    )
     command.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: the base's"
     )
@@ -252,8 +256,8 @@ def _merge(options: argparse.Namespace) -> None:
         "quantization": "trained" if trained else _quantization(options),
         "dtype": options.dtype,
     }
-    folder = api.merge(options.model, options.adapter, options.output, **shared)
-    print(f"merged model: {folder}")
+    written = api.merge(options.model, options.adapter, options.output, gguf=options.gguf, **shared)
+    print(f"merged model: {written}")
     if options.no_compare:
         return
     measured = api.merge_differences(options.model, options.adapter, **shared)

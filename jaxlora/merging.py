@@ -11,13 +11,15 @@ import numpy as np
 
 from jaxlora import lora
 from jaxlora.checkpoints.fingerprint import base_fingerprint
-from jaxlora.checkpoints.gguf_files import open_weights
+from jaxlora.checkpoints.gguf_files import gguf_file, open_weights
+from jaxlora.checkpoints.gguf_write import check_target, save_gguf
 from jaxlora.checkpoints.load import QuantSpec, load_params, read_model_config, storage_of
 from jaxlora.checkpoints.peft import load_adapter, trained_storage
 from jaxlora.checkpoints.save import save_model
 from jaxlora.checkpoints.tensors import FLOAT_DTYPES
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree, flatten, unflatten
+from jaxlora.data.tokenizer import load_tokenizer
 from jaxlora.generation.model import locate
 from jaxlora.generation.probe import probe_logits
 from jaxlora.lora import Target
@@ -81,32 +83,34 @@ def merge(
     revision: str | None = None,
     quantization: Storage = None,
     dtype: str | None = None,
+    gguf: str | None = None,
 ) -> Path:
-    """Writes ``base + scale * B A`` in Hugging Face's layout and returns the folder.
+    """Writes ``base + scale * B A`` in Hugging Face's layout, or as GGUF; returns where.
 
     Sums are taken in float32, one tensor at a time, and rounded once to `dtype`.
 
     Args:
       model: folder or hub id of the base, or of an adapter that names its base.
       adapter: PEFT adapter folder or hub id.
-      output: new folder.
+      output: new folder; with `gguf` a new file.
       revision: branch, tag or commit of a hub base.
       quantization: None adds the adapter to the base as it is on disk; ``"trained"`` to the base
         as QLoRA saw it (quantized and back), which the adapter tells if jaxlora trained it; a
         `QuantSpec` says how it was quantized.
       dtype: of the files; default the base's own.
+      gguf: write one file for llama.cpp instead, its matrices as ``F16`` or ``Q8_0``. A model
+        without an adapter may be written so too.
 
     Raises:
       UserError: anything missing, damaged or unfitting; an output folder that holds a model.
     """
     parts = _open(model, adapter, revision)
-    if quantization == "trained":
-        quantization = trained_storage(parts.folder)
-        if quantization is None:
-            raise UserError(
-                f"{parts.folder}: does not say how its base was quantized in training (jaxlora's "
-                "QLoRA adapters do); name the format instead: --quantization nf4, int4 or int8."
-            )
+    if parts.folder is None and gguf is None:
+        raise UserError(f"{model}: is no adapter; give one with --adapter.")
+    if gguf is not None:
+        check_target(Path(output), parts.cfg)
+    quantization = _storage(parts, quantization)
+    tokenizer = _tokenizer(parts) if gguf or gguf_file(parts.base) else None
     own = _stored_dtype(parts.base)
     params = load_params(
         parts.base,
@@ -115,14 +119,16 @@ def merge(
         quantization=quantization,
         place=lambda path, leaf: leaf,
     )
-    save_model(
-        lora.apply(params, parts.adapter, parts.targets),
-        parts.cfg,
-        Path(output),
-        source_folder=parts.base,
-        dtype=jnp.dtype(dtype or own),
-    )
-    return Path(output)
+    params = lora.apply(params, parts.adapter, parts.targets)
+    output, cfg = Path(output), parts.cfg
+    if gguf is not None:
+        name = parts.base.stem if parts.folder is None else parts.folder.name
+        save_gguf(params, cfg, output, kind=gguf, tokenizer=tokenizer, name=name)
+        return output
+    save_model(params, cfg, output, source_folder=parts.base, dtype=jnp.dtype(dtype or own))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(output))
+    return output
 
 
 def merge_differences(
@@ -146,8 +152,10 @@ def merge_differences(
       UserError: as `merge`.
     """
     parts = _open(model, adapter, revision)
-    storage = quantization if isinstance(quantization, QuantSpec) else None
-    storage = storage or trained_storage(parts.folder)
+    if parts.folder is None:
+        return None
+    given = quantization if isinstance(quantization, QuantSpec) else None
+    storage = given or trained_storage(parts.folder)
     if storage is None:
         return None
     own = jnp.dtype(_stored_dtype(parts.base))
@@ -167,7 +175,7 @@ def merge_differences(
 @dataclasses.dataclass(frozen=True)
 class _Parts:
     base: Path
-    folder: Path
+    folder: Path | None
     cfg: ModelConfig
     specs: dict[str, ParamSpec]
     adapter: Adapter
@@ -176,14 +184,33 @@ class _Parts:
 
 def _open(model: str | Path, adapter: str | Path | None, revision: str | None) -> _Parts:
     base, folder = locate(model, adapter, revision)
-    if folder is None:
-        raise UserError(f"{model}: is no adapter; give one with --adapter.")
     cfg, _ = read_model_config(base)
     specs = describe(cfg)
+    if folder is None:
+        return _Parts(base, None, cfg, specs, {}, {})
     arrays, targets, _ = load_adapter(
         folder, specs, fingerprint=base_fingerprint(base), head_dim=cfg.head_dim
     )
     return _Parts(base, folder, cfg, specs, arrays, targets)
+
+
+def _storage(parts: _Parts, quantization: Storage) -> QuantSpec | None:
+    if quantization != "trained":
+        return quantization
+    storage = None if parts.folder is None else trained_storage(parts.folder)
+    if storage is None:
+        raise UserError(
+            f"{parts.folder or parts.base}: does not say how its base was quantized in training "
+            "(jaxlora's QLoRA adapters do); name the format instead: --quantization nf4, int4 or "
+            "int8."
+        )
+    return storage
+
+
+def _tokenizer(parts: _Parts) -> Any:
+    # A run saves the tokenizer beside its adapter, with the chat template it trained with.
+    beside = parts.folder if parts.folder and (parts.folder / "tokenizer.json").is_file() else None
+    return load_tokenizer(beside or parts.base)
 
 
 def _folded(params: Tree, specs: dict[str, ParamSpec], dtype: np.dtype) -> Tree:

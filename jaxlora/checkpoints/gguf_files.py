@@ -16,7 +16,7 @@ from jaxlora.ops.rope import RopeScaling, rope_frequencies
 
 SUFFIX = ".gguf"
 # llama.cpp keeps the divisors of llama3's rotary frequencies as a tensor.
-_ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = "rope_freqs.weight"
 _FLOATS = {"F32": "F32", "F16": "F16", "BF16": "BF16"}
 _BLOCKS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
@@ -127,7 +127,7 @@ def open_weights(path: Path) -> TensorFiles | TensorView:
     sources = {}
     for name in opened.info:
         hf_name = layout.hf_name(name)
-        if name == _ROPE_FACTORS:
+        if name == ROPE_FACTORS:
             continue
         if hf_name is None:
             raise UserError(
@@ -216,7 +216,7 @@ def gguf_config(file: Path) -> dict[str, Any]:
 def _rope_scaling(opened: GgufFile, layout: Layout, theta: float) -> dict[str, Any] | None:
     prefix = layout.gguf
     kind = opened.fields.get(f"{prefix}.rope.scaling.type", "none")
-    if _ROPE_FACTORS in opened.info:
+    if ROPE_FACTORS in opened.info:
         return _llama3_scaling(opened, _head_dim(opened, layout), theta)
     if kind == "linear":
         return {"rope_type": "linear", "factor": opened.fields[f"{prefix}.rope.scaling.factor"]}
@@ -230,11 +230,11 @@ def _rope_scaling(opened: GgufFile, layout: Layout, theta: float) -> dict[str, A
 
 def _llama3_scaling(opened: GgufFile, head_dim: int, theta: float) -> dict[str, Any]:
     """The numbers of Llama 3.1 and later that explain the factors, which are all the file has."""
-    factors = opened.read(_ROPE_FACTORS).astype(np.float32)
+    factors = opened.read(ROPE_FACTORS).astype(np.float32)
     known = RopeScaling("llama3", float(factors.max()))
     if not np.allclose(factors, llama3_factors(head_dim, theta, known), rtol=1e-4):
         raise UserError(
-            f"{opened.file}: {_ROPE_FACTORS} has factors that are not Llama 3's; use the original "
+            f"{opened.file}: {ROPE_FACTORS} has factors that are not Llama 3's; use the original "
             "model in Hugging Face's layout."
         )
     return {

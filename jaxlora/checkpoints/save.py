@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxlora.checkpoints.atomic import staged
+from jaxlora.checkpoints.gguf_files import gguf_config, gguf_file
 from jaxlora.checkpoints.prequantized import STORAGE_KEYS
 from jaxlora.checkpoints.write import write_tensors
 from jaxlora.core.errors import UserError
@@ -55,7 +56,8 @@ def save_model(
       params: leaves may be plain, quantized or LoRA; each is saved as the matrix it stands for.
       cfg: the model's shape.
       folder: where to; appears whole or not at all.
-      source_folder: config.json, generation_config.json and tokenizer are copied from here.
+      source_folder: config.json, generation_config.json and tokenizer are copied from here; of a
+        GGUF file only what says what the model is.
       config: content of config.json if `source_folder` has none, or not the right one.
       dtype: float32, float16 or bfloat16.
       max_shard_bytes: weights beyond this are split into several files with an index.
@@ -68,15 +70,20 @@ def save_model(
     old = _model_files(folder)
     if old and not overwrite:
         raise UserError(f"{folder}: already holds a model ({old[0]}); choose a new folder.")
-    tensors = _tensors(flatten(params), describe(cfg))
-    shapes = {name: tensor.spec.tensor_shape for name, tensor in tensors.items()}
+    tensors = saved_tensors(params, cfg)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     with staged(folder) as stage:
         _write_config(stage, source_folder, config, dtype)
         shards = list(_shards(shapes, dtype.itemsize, max_shard_bytes))
         files = _file_names(len(shards))
         for file, shard in zip(files, shards, strict=True):
-            values = functools.partial(_value, tensors, dtype)
-            write_tensors(stage / file, shard, values, dtype=dtype, metadata=_METADATA)
+            write_tensors(
+                stage / file,
+                shard,
+                lambda name: tensors[name].values(dtype),
+                dtype=dtype,
+                metadata=_METADATA,
+            )
         if len(shards) > 1:
             _write_json(stage / "model.safetensors.index.json", _index(files, shards, dtype))
         new = _model_files(stage)
@@ -89,39 +96,54 @@ def _model_files(folder: Path) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tensor:
-    """One tensor of the file: share `share` along the last axis of ``leaf[at]``."""
+class SavedTensor:
+    """One tensor of a checkpoint: share `share` along the last axis of ``leaf[at]``."""
 
+    name: str
     spec: ParamSpec
     leaf: Any
     at: tuple[int, ...]
     share: int
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As Hugging Face stores it."""
+        return self.spec.tensor_shape
 
-def _tensors(leaves: Mapping[str, Any], specs: Mapping[str, ParamSpec]) -> dict[str, _Tensor]:
-    """``{tensor name: what goes there}`` in the order of the file."""
+    def values(self, dtype: DTypeLike) -> np.ndarray:
+        """Returns the host values, laid out as Hugging Face stores them.
+
+        Raises:
+          UserError: a value is not finite in `dtype`.
+        """
+        dtype = jnp.dtype(dtype)
+        part = jax.tree.map(lambda x: x[self.at], self.leaf)
+        matrix = np.asarray(_materialize(part, dtype))
+        if not np.isfinite(matrix).all():
+            raise UserError(
+                f"{self.name}: has values that are not finite in {dtype.name} (diverged training, "
+                "or out of range); nothing was written."
+            )
+        shares = len(self.spec.hf_names)
+        matrix = np.split(matrix, shares, axis=-1)[self.share] if shares > 1 else matrix
+        return np.swapaxes(matrix, -1, -2) if self.spec.transposed else matrix
+
+
+def saved_tensors(params: Mapping[str, Any], cfg: ModelConfig) -> dict[str, SavedTensor]:
+    """Returns the tensors of a checkpoint by name, in the order of the file.
+
+    Args:
+      params: leaves may be plain, quantized or LoRA.
+      cfg: the model's shape.
+    """
+    leaves, specs = flatten(params), describe(cfg)
     assert leaves.keys() == specs.keys(), leaves.keys() ^ specs.keys()
     return {
-        name: _Tensor(spec, leaves[path], at, share)
+        name: SavedTensor(name, spec, leaves[path], at, share)
         for path, spec in specs.items()
         for at, names in spec.sources().items()
         for share, name in enumerate(names)
     }
-
-
-def _value(tensors: Mapping[str, _Tensor], dtype: np.dtype, name: str) -> np.ndarray:
-    """The host values of one tensor, laid out as Hugging Face stores it."""
-    tensor = tensors[name]
-    part = jax.tree.map(lambda x: x[tensor.at], tensor.leaf)
-    matrix = np.asarray(_materialize(part, dtype))
-    if not np.isfinite(matrix).all():
-        raise UserError(
-            f"{name}: has values that are not finite in {dtype.name} (diverged training, or out "
-            "of range); nothing was written."
-        )
-    shares = len(tensor.spec.hf_names)
-    matrix = np.split(matrix, shares, axis=-1)[tensor.share] if shares > 1 else matrix
-    return np.swapaxes(matrix, -1, -2) if tensor.spec.transposed else matrix
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -169,7 +191,10 @@ def _write_config(
                 shutil.copyfile(Path(source) / name, stage / name)
     if config is None:
         assert source is not None, "one of source_folder and config must say what the model is"
-        config = dict(json.loads((Path(source) / "config.json").read_text(encoding="utf-8")))
+        file = gguf_file(source)
+        written = Path(source) / "config.json"
+        config = gguf_config(file) if file else json.loads(written.read_text(encoding="utf-8"))
+        assert config is not None
     # Older readers know only torch_dtype; newer ones write dtype and read both.
     words = [word for word in ("dtype", "torch_dtype") if word in config] or ["torch_dtype"]
     # What was quantized there is plain here.

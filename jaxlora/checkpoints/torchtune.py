@@ -119,3 +119,13 @@ def interleaved_to_halves(values: np.ndarray, head_dim: int) -> np.ndarray:
     """
     split = values.reshape(-1, head_dim // 2, 2, *values.shape[1:])
     return split.swapaxes(1, 2).reshape(values.shape)
+
+
+def halves_to_interleaved(values: np.ndarray, head_dim: int) -> np.ndarray:
+    """The inverse of `interleaved_to_halves`.
+
+    >>> halves_to_interleaved(np.array([0, 2, 1, 3]), 4).tolist()
+    [0, 1, 2, 3]
+    """
+    split = values.reshape(-1, 2, head_dim // 2, *values.shape[1:])
+    return split.swapaxes(1, 2).reshape(values.shape)

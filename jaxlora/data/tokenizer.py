@@ -48,7 +48,7 @@ def load_tokenizer(
     gguf = _gguf_file(folder)
     if gguf is None and folder.is_dir() and not any((folder / name).is_file() for name in _FILES):
         raise UserError(f"{path}: holds no tokenizer; expected one of {', '.join(_FILES)}.")
-    if not folder.is_dir() and str(path).startswith((".", "/", "~")):
+    if gguf is None and not folder.is_dir() and str(path).startswith((".", "/", "~")):
         raise UserError(f"{path}: there is no such folder to load a tokenizer from.")
     source = str(folder) if folder.is_dir() else str(path)
     options: dict[str, Any] = {"revision": revision or "main"}

@@ -24,6 +24,10 @@ from jaxlora.training.setup import Model, open_model
 from jaxlora.training.state import TrainState, make_tx, quant_spec, saved, split_pairs
 
 
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+
+
 def export_weights(config: Config, model: Model, state: Tree, folder: Path) -> None:
     """Writes the PEFT adapter, or the whole model of a full fine-tune, with its tokenizer.
 
@@ -49,6 +53,8 @@ def export_weights(config: Config, model: Model, state: Tree, folder: Path) -> N
             dtype=model.transformer.dtype,
             overwrite=True,
         )
+        if not _has_tokenizer(folder):  # a GGUF base has no such files
+            model.tokenizer.save_pretrained(str(folder))
         return
     adapter, targets, options = trainable["adapter"], model.targets, model.lora
     storage = quant_spec(config)
