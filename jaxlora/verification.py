@@ -10,6 +10,7 @@ import numpy as np
 from jaxlora import lora
 from jaxlora.checkpoints.adapter_files import open_adapter
 from jaxlora.checkpoints.fingerprint import base_fingerprint
+from jaxlora.checkpoints.gguf_files import gguf_file
 from jaxlora.checkpoints.json_files import read_json_object
 from jaxlora.checkpoints.load import load_params, read_model_config, storage_of
 from jaxlora.checkpoints.peft import load_adapter
@@ -74,6 +75,11 @@ def verify(
     base, folder = locate(model, adapter, revision)
     if folder is None:
         raise UserError(f"{model}: is no adapter; give one with --adapter.")
+    if gguf_file(base) is not None:
+        raise UserError(
+            f"{base}: PEFT cannot be compared on a GGUF file; give the original model's folder and "
+            "--adapter."
+        )
     layout = open_adapter(folder).made_by
     if layout != "PEFT":
         raise UserError(

@@ -3,6 +3,7 @@
 import filecmp
 import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -289,6 +290,59 @@ def test_an_adapter_that_names_no_base_asks_for_it(run, tmp_path, capsys):
     assert_one_line(capsys, "--base")
     assert not Path(exported).exists()
     assert main(["export", str(mlx), "--base", str(run.base), "--output", exported]) == 0
+
+
+def test_merge_writes_gguf_that_generates(run, tmp_path, config_file, capsys):
+    pytest.importorskip("gguf")
+    pytest.importorskip("torch")  # transformers reads a tokenizer from GGUF with it
+    base, file = tmp_path / "base", tmp_path / "merged.gguf"
+    shutil.copytree(run.base, base)
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": True,
+    }
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(run.folder / name, adapter)
+    merge = ["merge", str(base), "--adapter", str(adapter)]
+    assert main([*merge, "--output", str(file), "--gguf", "F16"]) == 0
+    printed = capsys.readouterr().out
+    assert str(file) in printed
+    assert "largest difference" in printed
+    assert main([*merge, "--output", str(tmp_path / "hf"), "--no_compare"]) == 0
+    assert main(["inspect", str(file)]) == 0
+    assert "2 layers x 64" in capsys.readouterr().out
+    answers = []
+    for model in (file, tmp_path / "hf"):
+        assert main(["generate", str(model), "red cat", "--raw", "--max_new_tokens=8"]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+    keys = {"base_model": str(file), "output_dir": str(tmp_path / "out"), "max_steps": 1}
+    assert main(["train", config_file(**keys)]) == 0, "a GGUF file is a base model"
+    assert main(["verify", str(tmp_path / "out")]) == 2
+    capsys.readouterr()
+    # Back to a folder, and a model alone to GGUF.
+    assert main(["merge", str(file), "--output", str(tmp_path / "b.gguf"), "--gguf", "Q8_0"]) == 0
+    again = ["merge", str(file), "--adapter", str(adapter), "--output", str(tmp_path / "back")]
+    assert main([*again, "--dtype=float32", "--no_compare"]) == 2  # another base than its own
+    assert_one_line(capsys, "another base model")
+    back = ["merge", str(tmp_path / "out"), "--output", str(tmp_path / "back")]
+    assert main([*back, "--no_compare"]) == 0
+    assert main(["generate", str(tmp_path / "back"), "red", "--max_new_tokens=4"]) == 0
+
+
+def test_merge_to_gguf_refuses_before_it_loads(run, tmp_path, capsys):
+    pytest.importorskip("gguf")
+    output = str(tmp_path / "merged.gguf")
+    # The tiny Llama's tokenizer splits text by a rule of its own.
+    assert main(["merge", str(run.folder), "--output", output, "--gguf", "Q8_0"]) == 2
+    assert_one_line(capsys, "splits text by a rule that llama.cpp has no name for")
+    assert not list(tmp_path.iterdir())
 
 
 def test_merge_then_generate_answers(run, tmp_path, write_tiny_llama, capsys):

@@ -64,6 +64,8 @@ def load_tokenizer(
         raise UserError(f"{path}: its tokenizer cannot be loaded{advice}: {reason}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{path}: has no fast tokenizer; a tokenizer.json is needed.")
+    if gguf is not None:
+        tokenizer = _without_invented(tokenizer)
     named = {name: text for name, text in (special_tokens or {}).items() if text is not None}
     known = ("bos_token", "eos_token", "pad_token", "unk_token", "additional_special_tokens")
     for name in named:
@@ -82,6 +84,30 @@ def _gguf_file(path: Path) -> Path | None:
         return None
     found = list(path.glob("*.gguf"))
     return found[0] if len(found) == 1 else None
+
+
+def _without_invented(tokenizer: Any) -> Any:
+    """The tokenizer less the tokens that are not in its file.
+
+    transformers builds every byte-level tokenizer of a GGUF file as GPT-2's, and adds that model's
+    end token where there is none, with an id beyond the embedding.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    size = len(content["model"]["vocab"])
+    kept = [token for token in content["added_tokens"] if token["id"] < size]
+    if len(kept) == len(content["added_tokens"]):
+        return tokenizer
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    special = {name: getattr(tokenizer, name) for name in names}
+    texts = {token["content"] for token in kept} | set(content["model"]["vocab"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps({**content, "added_tokens": kept})),
+        chat_template=tokenizer.chat_template,
+        **{name: text for name, text in special.items() if text in texts},
+    )
 
 
 def template_text(tokenizer: Any, choice: str | None = None) -> str:
