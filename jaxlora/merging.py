@@ -107,10 +107,10 @@ def merge(
     parts = _open(model, adapter, revision)
     if parts.folder is None and gguf is None:
         raise UserError(f"{model}: is no adapter; give one with --adapter.")
-    if gguf is not None:
-        check_target(Path(output), parts.cfg)
     quantization = _storage(parts, quantization)
     tokenizer = _tokenizer(parts) if gguf or gguf_file(parts.base) else None
+    if gguf is not None:
+        check_target(Path(output), parts.cfg, tokenizer)
     own = _stored_dtype(parts.base)
     params = load_params(
         parts.base,

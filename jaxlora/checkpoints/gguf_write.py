@@ -52,12 +52,8 @@ def save_gguf(
             f"{file}: writing GGUF needs the gguf package; pip install 'jaxlora[gguf]'."
         ) from None
     file = Path(file)
-    check_target(file, cfg)
-    layout = layout_of(cfg.family, lambda layout: layout.hf)
-    try:
-        fields = {**_model_fields(cfg, layout, kind, name), **_checked_fields(tokenizer, cfg)}
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
+    layout, fields = check_target(file, cfg, tokenizer)
+    fields = {**_model_fields(cfg, layout, kind, name), **fields}
     tensors: dict[str, tuple[SavedTensor, str]] = {}
     for tensor in saved_tensors(params, cfg).values():
         gguf_name = layout.gguf_name(tensor.name)
@@ -84,25 +80,26 @@ def save_gguf(
         writer.close()
 
 
-def check_target(file: Path, cfg: ModelConfig) -> None:
-    """Refuses, before anything is loaded, a file or model that cannot be written.
+def check_target(file: Path, cfg: ModelConfig, tokenizer: Any) -> tuple[Layout, dict[str, Any]]:
+    """Returns the model's layout and the tokenizer's metadata, before any weight is loaded.
 
     Raises:
-      UserError: no ``.gguf`` name, `file` is there already, an architecture without a layout.
+      UserError: no ``.gguf`` name, `file` is there already, an architecture, rotary scaling or
+        tokenizer without a word in GGUF.
     """
     if file.suffix != SUFFIX:
         raise UserError(f"{file}: expected a name that ends in {SUFFIX}.")
     if file.exists():
         raise UserError(f"{file}: is there already; choose a new name.")
-    try:
-        layout_of(cfg.family, lambda layout: layout.hf)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from error
     if cfg.rope_scaling is not None and cfg.rope_scaling.kind not in ("linear", "llama3"):
         raise UserError(
             f"{file}: rotary scaling {cfg.rope_scaling.kind!r} is not written to GGUF; supported: "
             "linear, llama3."
         )
+    try:
+        return layout_of(cfg.family, lambda layout: layout.hf), _checked_fields(tokenizer, cfg)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
 
 
 def _type_of(tensor: SavedTensor, kind: str) -> str:

@@ -35,7 +35,7 @@ class ModelKeys(Section):
     """Model and tokenizer"""
 
     base_model: Text
-    """Folder or hub id of the model to fine-tune."""
+    """Folder or hub id of the model to fine-tune, or a GGUF file."""
     base_model_config: Text | None = None
     """Folder or hub id of its config.json; `base_model` otherwise."""
     tokenizer_config: Text | None = None
