@@ -13,10 +13,12 @@ import numpy as np
 from jaxlora.checkpoints.adapter_files import open_adapter
 from jaxlora.checkpoints.atomic import staged
 from jaxlora.checkpoints.load import QuantSpec
+from jaxlora.checkpoints.peft_base import bias_modules
 from jaxlora.checkpoints.peft_config import CONFIG_FILE, write_config
 from jaxlora.checkpoints.tensor_view import Tensors
 from jaxlora.checkpoints.write import write_tensors
 from jaxlora.core.errors import UserError
+from jaxlora.lora.biases import with_biases
 from jaxlora.lora.config import LoraConfig
 from jaxlora.lora.targets import ALL_LINEAR, Target, match
 from jaxlora.lora.transform import Adapter
@@ -103,11 +105,6 @@ def save_adapter(
         )
 
 
-def has_fan_in(specs: Mapping[str, ParamSpec], targets: Mapping[str, Target]) -> bool:
-    """Returns what `save_adapter` wants to know as `fan_in_fan_out`."""
-    return any(specs[path].kind == "linear" and not specs[path].transposed for path in targets)
-
-
 def trained_storage(folder: Path) -> QuantSpec | None:
     """Returns how the base was quantized while this adapter was trained; None: not, or not told.
 
@@ -125,8 +122,16 @@ def trained_storage(folder: Path) -> QuantSpec | None:
 
 
 def _entries(targets: Mapping[str, Target]) -> Iterator[tuple[str, str, int, str]]:
-    """``(leaf path, "a" | "b" | "magnitude" | "bias", layer, PEFT's key)`` of every tensor."""
+    """``(leaf path, part of its entry, layer, PEFT's key)`` of every tensor."""
     for path, target in sorted(targets.items()):
+        if target.vector:
+            for layer, (module, trains) in enumerate(
+                zip(target.modules, target.ranks, strict=True)
+            ):
+                suffix = ".base_layer.bias" if target.wrapped[layer] else ".bias"
+                if trains:
+                    yield path, "value", layer, f"{_PREFIX}{module}{suffix}"
+            continue
         present = {"a": True, "b": True, "magnitude": target.dora, "bias": target.bias}
         for layer, (module, rank) in enumerate(zip(target.modules, target.ranks, strict=True)):
             for part, suffix in _SUFFIXES.items():
@@ -199,7 +204,8 @@ def _match(
     in_file = [key.partition(".lora_")[0].removeprefix(_PREFIX) for key in files.info]
     stacked = [path for path, spec in specs.items() if spec.layers is not None]
     try:
-        return match(modules, _relevant(config, known, in_file), stacked)
+        targets = match(modules, _relevant(config, known, in_file), stacked)
+        return with_biases(targets, bias_modules(specs), config.train_bias, stacked)
     except (UserError, re.error) as error:
         raise UserError(
             f"{folder / CONFIG_FILE}: the adapter does not fit this base model: {error}"
@@ -235,6 +241,8 @@ def _relevant(config: LoraConfig, known: list[str], in_file: list[str]) -> LoraC
 
 
 def _zeros(spec: ParamSpec, target: Target) -> dict[str, np.ndarray]:
+    if target.vector:
+        return {"value": np.zeros(spec.full_shape, np.float32)}
     *lead, in_dim, out_dim = spec.full_shape
     shapes: dict[str, tuple[int, ...]] = {
         "a": (*lead, in_dim, target.rank),
@@ -253,7 +261,8 @@ def _check(
     """Compares names and shapes before anything is read; PEFT itself would only warn."""
     expected = {}
     for path, part, layer, key in _entries(targets):
-        (in_dim, out_dim), rank = specs[path].shape, targets[path].ranks[layer]
+        *_, in_dim, out_dim = (0, *specs[path].shape)
+        rank = targets[path].ranks[layer]
         expected[key] = {"a": (rank, in_dim), "b": (out_dim, rank)}.get(part, (out_dim,))
     extra = [key for key in files.info if key not in expected]
     if extra:

@@ -17,7 +17,6 @@ CONFIG_FILE = "adapter_config.json"
 # matrix missing would otherwise leave it random.
 _CONSTANT: dict[str, Any] = {
     "auto_mapping": None,
-    "bias": "none",
     "inference_mode": True,
     "init_lora_weights": True,
     "layer_replication": None,
@@ -61,6 +60,7 @@ def write_config(
         **_CONSTANT,
         **_patterns(targets, config),
         "base_model_name_or_path": base_name,
+        "bias": config.train_bias,
         "fan_in_fan_out": fan_in_fan_out,
         "lora_alpha": _whole(config.alpha),
         "lora_dropout": config.dropout,
@@ -81,6 +81,7 @@ def _patterns(targets: Mapping[str, Target], config: LoraConfig) -> dict[str, An
     Rules as the user wrote them would be shorter, but PEFT sorts patterns on saving, and then
     another of two that overlap comes first.
     """
+    targets = {path: target for path, target in targets.items() if not target.vector}
     leaf_names = [target.modules[0].rpartition(".")[2] for target in targets.values()]
     selected: list[str] = []
     ranks: dict[str, int] = {}
@@ -130,8 +131,6 @@ def read_config(path: Path) -> LoraConfig:
 def _refuse_unsupported(content: Mapping[str, Any]) -> None:
     if content.get("peft_type") != "LORA":
         raise UserError(f"peft_type: {content.get('peft_type')!r} is no LoRA; expected 'LORA'.")
-    if content.get("bias", "none") != "none":
-        raise UserError(f"bias: {content['bias']!r} is not supported; expected 'none'.")
     if content.get("init_lora_weights", True) not in _PLAIN_INITS:
         raise UserError(
             f"init_lora_weights: {content['init_lora_weights']!r} changes the base weights, so the "
@@ -162,6 +161,7 @@ def _translate(content: Mapping[str, Any]) -> LoraConfig:
         use_rslora=bool(content.get("use_rslora")),
         use_dora=bool(content.get("use_dora")),
         lora_bias=bool(content.get("lora_bias")),
+        train_bias=content.get("bias") or "none",
         task_type=content.get("task_type", "CAUSAL_LM"),
     )
 

@@ -150,6 +150,7 @@ SYNONYMS: Mapping[str, str] = {
     "rank_pattern": "lora_rank_pattern",
     "alpha_pattern": "lora_alpha_pattern",
     "lora_bias": "peft_lora_bias",
+    "bias": "peft_bias",
     "init_lora_weights": "peft_init_lora_weights",
 }
 """Names that other programs use: our key."""

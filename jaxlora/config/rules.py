@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from jaxlora.config import derived
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError, did_you_mean
-from jaxlora.lora.initializers import check_init
+from jaxlora.lora.initializers import changes_base, check_init
 
 Path = tuple[str | int, ...]
 
@@ -165,6 +165,8 @@ def _start(config: Config) -> Iterator[Problem]:
     if config.peft_lora_bias and (config.peft_use_dora or not isinstance(init, bool)):
         other = "peft_use_dora" if config.peft_use_dora else key
         yield Problem(("peft_lora_bias",), f"it does not go with {other}", (other,))
+    if config.peft_bias != "none" and changes_base(init):
+        yield Problem(("peft_bias",), f"it does not go with {key}: {init}", (key,))
     if init != "loftq":
         if loftq is not None:
             yield Problem(("peft",), f"loftq_config contradicts peft_init_lora_weights: {init}")

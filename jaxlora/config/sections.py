@@ -81,6 +81,8 @@ class AdapterKeys(Section):
     """Trains the magnitudes of the columns too (DoRA)."""
     peft_lora_bias: Flag = False
     """(jaxlora) Gives B a bias."""
+    peft_bias: Literal["none", "lora_only", "all"] = "none"
+    """(jaxlora) Biases of the base that train too: of adapted layers, or every one."""
     peft_layers_to_transform: Natural | tuple[Natural, ...] | None = None
     """Indices of the layers to adapt; null: all."""
     peft_layers_pattern: Text | tuple[Text, ...] | None = None

@@ -28,6 +28,7 @@ def lora_config(config: Config) -> LoraConfig | None:
         use_rslora=config.peft_use_rslora,
         use_dora=config.peft_use_dora,
         lora_bias=config.peft_lora_bias,
+        train_bias=config.peft_bias,
         init=derived.lora_init(config),
         loftq_iter=loftq.loftq_iter if loftq else 1,
     )

@@ -4,6 +4,7 @@
 place, `merge` folds them in, `wrap` lets a model that knows nothing of jaxlora train an adapter.
 """
 
+from jaxlora.lora.biases import with_biases
 from jaxlora.lora.config import LoraConfig
 from jaxlora.lora.initializers import changes_base
 from jaxlora.lora.splitting import Splitter, as_difference, split_tree
@@ -25,6 +26,7 @@ __all__ = [
     "split_tree",
     "targets_of_tree",
     "unmerge",
+    "with_biases",
     "with_magnitudes",
     "wrap",
 ]

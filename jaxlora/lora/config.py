@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from jaxlora.core.errors import UserError
-from jaxlora.lora.initializers import check_init
+from jaxlora.lora.initializers import changes_base, check_init
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,7 @@ class LoraConfig:
       use_dora: weight-decomposed LoRA (Liu et al. 2024).
       lora_bias: whether B has a bias, zero at first; PEFT uses it for adapters that are extracted
         from fully trained weights.
+      train_bias: which biases of the base train too, PEFT's ``bias``: none, lora_only or all.
       init: how A and B start, PEFT's ``init_lora_weights``; see `jaxlora.lora.initializers`.
       loftq_iter: rounds of quantizing and decomposing of ``init="loftq"``.
       task_type: PEFT's name of what the model is for; None for masked-language modelling, which has
@@ -47,6 +48,7 @@ class LoraConfig:
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
+    train_bias: str = "none"
     init: bool | str = True
     loftq_iter: int = 1
     task_type: str | None = "CAUSAL_LM"
@@ -61,6 +63,14 @@ class LoraConfig:
         if self.lora_bias and (self.use_dora or not isinstance(self.init, bool)):
             other = "DoRA" if self.use_dora else f"init {self.init}"
             raise UserError(f"peft_lora_bias: true does not go with {other}; remove one of them.")
+        if self.train_bias not in ("none", "lora_only", "all"):
+            raise UserError(
+                f"peft_bias: {self.train_bias!r} is unknown; expected none, lora_only or all."
+            )
+        if self.train_bias != "none" and changes_base(self.init):
+            raise UserError(
+                f"peft_bias: {self.train_bias} does not go with init {self.init}; remove one."
+            )
 
     def scale(self, rank: int, alpha: float) -> float:
         """Returns what multiplies ``B A``.

@@ -29,6 +29,9 @@ class Target:
       dora: whether a magnitude vector is trained too.
       bias: whether B has a bias.
       in_axes: leading axes (after the layer axis) of the leaf that are contracted with the input.
+      vector: whether the leaf is a bias, which trains itself instead (`jaxlora.lora.biases`); ranks
+        and scales are 1 where it does.
+      wrapped: of a bias: whether its layer has a low-rank pair too.
     """
 
     modules: tuple[str, ...]
@@ -39,6 +42,8 @@ class Target:
     dora: bool = False
     in_axes: int = 1
     bias: bool = False
+    vector: bool = False
+    wrapped: tuple[bool, ...] = ()
 
     @property
     def rank(self) -> int:

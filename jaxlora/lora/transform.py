@@ -1,7 +1,8 @@
 """`init`, `apply`, `merge`, `unmerge`, `count`: pure functions between trees and adapters.
 
 An adapter is ``{leaf path: {"a": [.., in, R], "b": [.., R, out]}}``, plus ``"magnitude"`` for
-DoRA and ``"bias"`` for a bias of B, all float32. The weights it belongs to stay as they are.
+DoRA and ``"bias"`` for a bias of B; ``{bias path: {"value": ..}}`` where biases of the base train.
+All are float32. The weights it belongs to stay as they are.
 """
 
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from jaxtyping import Array, UInt32
 
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree, flatten, replace
+from jaxlora.lora.biases import trained_biases
 from jaxlora.lora.initializers import random_pair
 from jaxlora.lora.targets import Target
 from jaxlora.ops.arrays import LoraArray
@@ -41,6 +43,9 @@ def init(
     keys = jax.random.split(key, len(targets))
     adapter = {}
     for (path, target), leaf_key in zip(sorted(targets.items()), keys, strict=True):
+        if target.vector:  # a copy: what trains is donated, the base is not
+            adapter[path] = {"value": jnp.array(leaves[path], jnp.float32, copy=True)}
+            continue
         lead, in_dim, out_dim = matrix_shape(leaves[path], target)
         a, b = random_pair(init, leaf_key, in_dim, out_dim, target.ranks, bool(lead))
         adapter[path] = {"a": a, "b": b}
@@ -104,6 +109,7 @@ def apply(
                 bias=None if _sibling(path) in biases else pair.get("bias"),
             )
             for path, pair in adapter.items()
+            if not targets[path].vector
         },
     )
 
@@ -122,8 +128,10 @@ def _biases(
     adapter: Mapping[str, Mapping[str, jax.Array]],
     targets: Mapping[str, Target],
 ) -> dict[str, jax.Array]:
-    """The biases of adapted layers with the biases of their B added, in float32."""
-    return {
+    """Biases as trained, and with the biases of their layers' B added, in float32."""
+    trained = trained_biases(leaves, adapter, targets)
+    leaves = {**leaves, **trained}
+    return trained | {
         sibling: leaves[sibling] + _scale(targets[path])[..., None] * pair["bias"]
         for path, pair in adapter.items()
         if "bias" in pair and (sibling := _sibling(path)) in leaves
@@ -132,7 +140,9 @@ def _biases(
 
 def _dropout_keys(targets: Mapping[str, Target], key: jax.Array) -> dict[str, jax.Array]:
     """Raw keys, one per layer, so that `jax.lax.scan` can slice them like any other leaf."""
-    dropping = sorted(path for path, target in targets.items() if target.dropout > 0)
+    dropping = sorted(
+        path for path, target in targets.items() if target.dropout > 0 and not target.vector
+    )
     keys = {}
     for number, path in enumerate(dropping):
         leaf_key = jax.random.fold_in(key, number)
@@ -167,6 +177,7 @@ def merge(
                 _as_matrices(leaves[path], pair, targets[path]), leaves[path].dtype
             ).reshape(leaves[path].shape)
             for path, pair in adapter.items()
+            if not targets[path].vector
         },
     )
 
@@ -179,10 +190,13 @@ def unmerge(
     """Returns the weights before `merge`, to rounding: subtracts the low-rank product again.
 
     Raises:
-      ValueError: DoRA rescales columns, which a merged weight no longer tells apart.
+      ValueError: DoRA rescales columns, which a merged weight no longer tells apart; a trained
+        bias replaces that of the base.
     """
     if any("magnitude" in pair for pair in adapter.values()):
         raise ValueError("a DoRA adapter cannot be unmerged; keep the base weights")
+    if any(target.vector for target in targets.values()):
+        raise ValueError("trained biases cannot be unmerged; keep the base weights")
     negated = {
         path: {part: x if part == "a" else -x for part, x in pair.items()}
         for path, pair in adapter.items()
@@ -200,6 +214,9 @@ def count(targets: Mapping[str, Target], adapter: Mapping[str, Mapping[str, Any]
     """Returns how many adapter parameters train, not counting the padding of mixed ranks."""
     total = 0
     for path, pair in adapter.items():
+        if targets[path].vector:
+            total += sum(targets[path].ranks) * pair["value"].shape[-1]
+            continue
         in_dim, out_dim = pair["a"].shape[-2], pair["b"].shape[-1]
         vectors = out_dim * len(pair.keys() - {"a", "b"})
         for rank in targets[path].ranks:

@@ -128,6 +128,9 @@ class Placement:
 
     def adapter(self, pair: dict[str, Any], logical: Sequence[str], *, stacked: bool) -> dict:
         """Returns an adapter's arrays on the devices, split like the matrix they belong to."""
+        if len(logical) == 1:  # a bias
+            layout = (None, *logical) if stacked else tuple(logical)
+            return {name: self._put(x, layout) for name, x in pair.items()}
         *outer, into, out = logical
         lead = (None, *outer) if stacked else tuple(outer)
         layout = {"a": (*lead, into, None), "b": (*lead, None, out)}

@@ -9,7 +9,8 @@ from jaxlora import lora
 from jaxlora.checkpoints import hub, run_folder
 from jaxlora.checkpoints.adapter_files import open_adapter
 from jaxlora.checkpoints.load import read_model_config
-from jaxlora.checkpoints.peft import has_fan_in, load_adapter, save_adapter
+from jaxlora.checkpoints.peft import load_adapter, save_adapter
+from jaxlora.checkpoints.peft_base import has_fan_in
 from jaxlora.checkpoints.peft_config import CONFIG_FILE
 from jaxlora.checkpoints.save import save_model
 from jaxlora.checkpoints.store import CheckpointStore, locate

@@ -11,6 +11,7 @@ from jaxlora.checkpoints import hub
 from jaxlora.checkpoints.fingerprint import base_fingerprint
 from jaxlora.checkpoints.load import check_weights, read_model_config, storage_of
 from jaxlora.checkpoints.peft import load_adapter
+from jaxlora.checkpoints.peft_base import bias_modules
 from jaxlora.checkpoints.storage import Storage
 from jaxlora.config import derived, settings
 from jaxlora.config.schema import Config
@@ -19,7 +20,7 @@ from jaxlora.data.batches import Batches
 from jaxlora.data.prepare import Prepared, prepare
 from jaxlora.data.table import check_vocabulary
 from jaxlora.data.tokenizer import load_tokenizer, pad_id
-from jaxlora.lora import LoraConfig, Target, changes_base, match
+from jaxlora.lora import LoraConfig, Target, changes_base, match, with_biases
 from jaxlora.lora.transform import Adapter
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import ParamSpec, describe
@@ -106,6 +107,7 @@ def open_model(config: Config) -> Model:
         modules = {path: spec.modules() for path, spec in specs.items() if spec.kind == "linear"}
         stacked = [path for path, spec in specs.items() if spec.layers is not None]
         targets = match(modules, lora, stacked)
+        targets = with_biases(targets, bias_modules(specs), lora.train_bias, stacked)
     tokenizer = load_tokenizer(
         config.tokenizer_config or folder,
         special_tokens=config.special_tokens.model_dump(exclude_none=True),

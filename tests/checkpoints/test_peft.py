@@ -167,7 +167,7 @@ TENSOR_FAULTS = {
     ),
 }
 CONFIG_FAULTS = {
-    "bias": ({"bias": "all"}, "bias: 'all' is not supported"),
+    "bias": ({"bias": "some"}, "peft_bias: 'some' is unknown"),
     "save": ({"modules_to_save": ["lm_head"]}, "modules_to_save: .* is not supported"),
     "experts": ({"target_parameters": ["mlp.experts"]}, "target_parameters: .* is not supported"),
     "unknown": ({"new_feature": {"x": 1}}, "new_feature: .* is not supported"),

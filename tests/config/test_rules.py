@@ -56,6 +56,7 @@ CONFLICTS = [
     ("peft", LORA | LOFTQ | {"peft_init_lora_weights": "pissa"}),
     ("peft.loftq_config.loftq_bits", LORA | LOFTQ | {"load_in_8bit": True}),
     ("peft_lora_bias", LORA | {"peft_lora_bias": True, "peft_use_dora": True}),
+    ("peft_bias", LORA | {"peft_bias": "all", "peft_init_lora_weights": "olora"}),
     ("peft_layers_pattern", LORA | {"peft_layers_pattern": "h"}),
     ("peft_lora_bias", LORA | {"peft_lora_bias": True, "peft_init_lora_weights": "pissa"}),
     ("optimizer", {"optimizer": "galore_adamw"}),

@@ -27,6 +27,8 @@ def test_scale_is_alpha_over_r_or_its_root():
         ({"dropout": 1.0}, r"lora_dropout: 1\.0"),
         ({"dropout": -0.1}, r"lora_dropout: -0\.1"),
         ({"lora_bias": True, "use_dora": True}, "does not go with DoRA"),
+        ({"train_bias": "some"}, "peft_bias: 'some' is unknown"),
+        ({"train_bias": "all", "init": "olora"}, "does not go with init olora"),
         ({"lora_bias": True, "init": "pissa"}, "does not go with init pissa"),
     ],
 )

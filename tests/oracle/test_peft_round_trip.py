@@ -17,7 +17,8 @@ from family_cases import CASES
 from safetensors.numpy import load_file
 
 from jaxlora.checkpoints.load import load_params, read_model_config
-from jaxlora.checkpoints.peft import has_fan_in, load_adapter, save_adapter
+from jaxlora.checkpoints.peft import load_adapter, save_adapter
+from jaxlora.checkpoints.peft_base import has_fan_in
 from jaxlora.lora import apply
 from jaxlora.models.parameters import describe
 from jaxlora.models.transformer import Transformer, bind
@@ -66,6 +67,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Attention has biases in this base, the gated MLP has none.
     "lora_bias": {"target_modules": ["q_proj", "v_proj"], "lora_bias": True},
     "lora_bias, no bias below": {"target_modules": ["o_proj", "up_proj"], "lora_bias": True},
+    "bias: lora_only": {"target_modules": ["q_proj", "up_proj"], "bias": "lora_only"},
+    "bias: lora_only, a layer": {
+        "target_modules": ["k_proj", "o_proj"],
+        "layers_to_transform": [1],
+        "bias": "lora_only",
+        "lora_bias": True,
+    },
+    "bias: all": {"target_modules": ["q_proj"], "layers_to_transform": [0], "bias": "all"},
+    "gpt2, bias: all": {
+        "target_modules": ["c_attn"],
+        "fan_in_fan_out": True,
+        "bias": "all",
+        "use_dora": True,
+    },
     # Conv1D: the base holds [in, out], the adapter stays as it is elsewhere.
     "gpt2": {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
     "gpt2, dora": {"target_modules": "all-linear", "fan_in_fan_out": True, "use_dora": True},
@@ -148,7 +163,7 @@ def bind_logits(cfg):
     return forward
 
 
-QUICK = ("plain", "dora", "ranks", "lora_bias")
+QUICK = ("plain", "dora", "ranks", "lora_bias", "bias: all")
 
 
 @pytest.fixture(
