@@ -5,7 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gguf_writing import gguf_weights, of_folder
+from gguf_writing import SPECIAL, TEXTS, byte_level, gguf_weights, of_folder, wrapped
 
 from jaxlora.checkpoints.gguf_write import save_gguf
 from jaxlora.checkpoints.load import load_params, read_model_config
@@ -17,46 +17,7 @@ from jaxlora.generation.probe import probe_logits
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("torch")  # transformers reads a tokenizer from GGUF with it
 
-TEXTS = ("Hello, world!", " two  spaces and\n\nlines", "I've 123 caf\u00e9s, they'LL \u4f60", "")
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 VOCAB = 640
-SPECIAL = ["<unk>", "<s>", "</s>"]
-
-
-def wrapped(tokenizer):
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-    made.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    return made
-
-
-def byte_level(split=LLAMA3_SPLIT):
-    """A tokenizer as Llama 3's: byte-level BPE behind a regular expression."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(split), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([*TEXTS * 3, "hello spaces and lines they have"], trainer)
-    tokenizer.add_tokens(["<think>"])
-    return wrapped(tokenizer)
 
 
 def sentencepiece():

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "checkpoints"))
-from gguf_writing import gguf_weights, write_gguf
+from gguf_writing import byte_level, gguf_weights, write_gguf
 
+from jaxlora.checkpoints.gguf_write import save_gguf
 from jaxlora.checkpoints.load import load_params, read_model_config
 from jaxlora.generation.probe import probe_logits, probe_tokens
 
@@ -86,3 +87,44 @@ def test_logits_are_those_of_transformers_reading_the_same_file(make_pair, tmp_p
         expected = reference(torch.from_numpy(probe_tokens(cfg))).logits.numpy()
     np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
     assert np.abs(expected - pair.torch_logits(probe_tokens(cfg))).max() > TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_written_file_has_the_tensors_of_llama_cpps_converter(make_pair, tmp_path, name, kind):
+    import gguf
+
+    architecture, changes, _ = FAMILIES[name]
+    pair = make_pair(name, 2, **{**SIZES, **changes, "vocab_size": 420})
+    save_gguf(pair.params, pair.cfg, tmp_path / "m.gguf", kind=kind, tokenizer=byte_level())
+    config = pair.torch_model.config.to_dict()
+    weights = {key: values.numpy() for key, values in pair.torch_model.state_dict().items()}
+    if config["tie_word_embeddings"]:
+        weights.pop("lm_head.weight")
+    expected = gguf_weights(config, weights, architecture)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    assert tensors.keys() == expected.keys()
+    for key, values in expected.items():
+        qtype = gguf.GGMLQuantizationType[kind if values.ndim > 1 else "F32"]
+        stored = gguf.quants.quantize(np.ascontiguousarray(values), qtype)
+        np.testing.assert_array_equal(tensors[key].data, stored, err_msg=key)
+    cfg, _ = read_model_config(tmp_path / "m.gguf")
+    logits = probe_logits(cfg, load_params(tmp_path / "m.gguf", cfg, dtype=jnp.float32))
+    distance = np.abs(logits - pair.torch_logits(probe_tokens(cfg)))
+    # Half a unit of 11 bits (float16) or 8 (a block), through 3 layers; see test_gguf_write.
+    assert distance.mean() < {"F16": 0.002, "Q8_0": 0.06}[kind]
+
+
+def test_transformers_reads_our_file_with_our_logits(make_pair, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    pair = make_pair("Llama", 3, **{**SIZES, "vocab_size": 420, "head_dim": 16})
+    save_gguf(pair.params, pair.cfg, tmp_path / "m.gguf", kind="Q8_0", tokenizer=byte_level())
+    reference = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="m.gguf", dtype=torch.float32
+    ).eval()
+    cfg, _ = read_model_config(tmp_path / "m.gguf")
+    logits = probe_logits(cfg, load_params(tmp_path / "m.gguf", cfg, dtype=jnp.float32))
+    with torch.no_grad():
+        expected = reference(torch.from_numpy(probe_tokens(cfg))).logits.numpy()
+    np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
