@@ -20,6 +20,7 @@ from jaxlora.config.values import (
     Flag,
     Natural,
     NotNegative,
+    Number,
     OpenShare,
     Positive,
     Section,
@@ -138,6 +139,10 @@ class DataKeys(Section):
 class TrainingKeys(Section):
     """Training"""
 
+    objective: Literal["clm", "mlm"] | None = None
+    """(jaxlora) Learns the next token (clm) or hidden ones (mlm); null: as the model does."""
+    mlm_probability: Annotated[Number, Field(gt=0, lt=1)] = 0.15
+    """(jaxlora) Share of the tokens to guess: 80 % masked, 10 % replaced, 10 % left as they are."""
     micro_batch_size: Size = 1
     """Rows per device and forward pass."""
     gradient_accumulation_steps: Size | None = None

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jaxlora.core.errors import UserError
+from jaxlora.data.masking import Masking
 from jaxlora.data.packing import Plan, best_fit, one_each
 from jaxlora.data.table import TokenTable
 
@@ -33,6 +34,7 @@ class Batches:
         pad: bool = False,
         shuffle: bool = True,
         vocab_size: int | None = None,
+        masking: Masking | None = None,
     ) -> None:
         lengths = table.lengths
         if not len(table):
@@ -45,6 +47,7 @@ class Batches:
             )
         self.table, self.rows, self.accumulation = table, rows, accumulation
         self.seed, self.pad_id, self.shuffle, self.vocab_size = seed, pad_id, shuffle, vocab_size
+        self.masking = masking
         rounded = math.ceil(longest / _ROUND_TO) * _ROUND_TO
         self.length = sequence_len if packing or pad else min(rounded, sequence_len)
         self.plan: Plan = best_fit(lengths, self.length, seed) if packing else one_each(len(table))
@@ -57,7 +60,8 @@ class Batches:
         Returns:
             tokens, targets (the next token of the same segment, else 0), positions (from 0 in each
             segment), segment_ids (from 1 in each row, 0 = padding), all int32, and weights float32
-            (1 where the target is trained); each [accumulation, rows, T].
+            (1 where the target is trained); each [accumulation, rows, T]. With `masking`, targets
+            are the tokens that were hidden.
         """
         epoch, index = divmod(step, self.steps_per_epoch)
         size = self.rows * self.accumulation
@@ -74,7 +78,8 @@ class Batches:
             self._fill({name: array[row] for name, array in arrays.items()}, int(planned))
         self._check(arrays["tokens"], step)
         full = (self.accumulation, self.rows, self.length)
-        return {name: array.reshape(full) for name, array in arrays.items()}
+        whole = {name: array.reshape(full) for name, array in arrays.items()}
+        return whole if self.masking is None else self.masking(whole, step)
 
     def _fill(self, row: dict[str, NDArray], planned: int) -> None:
         start = 0

@@ -189,17 +189,19 @@ class Encoder:
 
     @cached_property
     def eos_id(self) -> int:
-        """The end token's id.
+        """The end token's id; BERT's tokenizers have only a separator, which ends a text there.
 
         Raises:
             UserError: the tokenizer has no end token.
         """
-        if self.tokenizer.eos_token_id is None:
+        ends = (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id)
+        end = next((token for token in ends if token is not None), None)
+        if end is None:
             raise UserError(
                 "special_tokens: the tokenizer has no eos_token, so the end of an answer could "
                 "not be learned; set special_tokens.eos_token."
             )
-        return int(self.tokenizer.eos_token_id)
+        return int(end)
 
     def has_special(self, text: str) -> bool:
         """Whether a text holds the text of a special token."""

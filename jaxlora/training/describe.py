@@ -72,4 +72,5 @@ def describe_result(plan: Plan) -> str:
     """Returns where the results are and how to chat with them."""
     kind = "adapter" if plan.model.lora else "model"
     folder = plan.config.output_dir
-    return f"{kind}, loss curve and model card: {folder}\nchat with it: jaxlora chat {folder}"
+    text = f"{kind}, loss curve and model card: {folder}"
+    return text + (f"\nchat with it: jaxlora chat {folder}" if plan.model.cfg.causal else "")

@@ -61,6 +61,7 @@ def identity(plan: Plan) -> dict[str, Any]:
     return {
         "base_model": plan.model.fingerprint,
         "seed": config.seed,
+        "mlm_probability": batches.masking and batches.masking.probability,
         "sequence_len": config.sequence_len,
         "sample_packing": config.sample_packing,
         "rows_per_step": batches.rows * batches.accumulation,

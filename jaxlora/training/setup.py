@@ -17,6 +17,7 @@ from jaxlora.config import derived, settings
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError
 from jaxlora.data.batches import Batches
+from jaxlora.data.masking import Masking
 from jaxlora.data.prepare import Prepared, prepare
 from jaxlora.data.table import check_vocabulary
 from jaxlora.data.tokenizer import load_tokenizer, pad_id
@@ -171,6 +172,29 @@ def _check_tokenizer(tokenizer: Any, cfg: ModelConfig, base: str) -> None:
         )
 
 
+def _objective(config: Config, model: Model) -> Masking | None:
+    """How tokens are hidden, None where the next one is learned."""
+    cfg, fitting = model.cfg, "clm" if model.cfg.causal else "mlm"
+    if config.objective not in (None, fitting):
+        raise UserError(
+            f"objective: {config.objective} does not fit {config.base_model} ({cfg.family}); "
+            f"expected {fitting}."
+        )
+    if cfg.learned_positions and config.sequence_len > cfg.max_context:
+        raise UserError(
+            f"sequence_len: {config.sequence_len} is more than the {cfg.max_context} positions of "
+            f"{config.base_model}; set it to {cfg.max_context} or less."
+        )
+    if cfg.causal:
+        return None
+    for entry in (*config.datasets, *config.test_datasets):
+        if entry.type != "completion":
+            raise UserError(
+                f"datasets: {entry.path}: an encoder learns plain text; set type: completion."
+            )
+    return Masking.of(model.tokenizer, probability=config.mlm_probability, seed=config.seed)
+
+
 def make_plan(config: Config, say: Say = lambda text: None) -> Plan:
     """Opens the model, prepares the data and derives the length of the run.
 
@@ -178,6 +202,7 @@ def make_plan(config: Config, say: Say = lambda text: None) -> Plan:
       UserError: anything wrong with the model's description, the data or their fit.
     """
     model = open_model(config)
+    masking = _objective(config, model)
     options = settings.data_options(config)
     data = prepare(
         settings.train_specs(config),
@@ -193,6 +218,7 @@ def make_plan(config: Config, say: Say = lambda text: None) -> Plan:
         "pad_id": pad_id(model.tokenizer),
         "pad": options.pad_to_sequence_len,
         "vocab_size": model.cfg.vocab_size,
+        "masking": masking,
     }
     check_vocabulary(data.train, model.cfg.vocab_size)
     batches = Batches(

@@ -84,7 +84,9 @@ def load_weights(
     elif adapter is None:
         adapter = lora.init(unflatten(leaves), model.targets, adapter_key, lora_config.init)
     adapter = {
-        path: model.placement.adapter(pair, model.specs[path].axes, stacked=True)
+        path: model.placement.adapter(
+            pair, model.specs[path].axes, stacked=model.specs[path].layers is not None
+        )
         for path, pair in adapter.items()
     }
     return {"params": {}, "adapter": adapter}, leaves

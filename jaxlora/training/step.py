@@ -86,7 +86,8 @@ def make_train_step(
         zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trainable))
         numbers = jnp.arange(batch["tokens"].shape[0])
         (loss_sum, gradient_sum), _ = jax.lax.scan(add_micro_batch, zeros, (batch, numbers))
-        tokens = jnp.sum(batch["weights"])
+        # A small batch of masked text may hide nothing: then nothing is learned from it.
+        tokens = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
         loss = loss_sum / tokens
         gradient = jax.tree.map(lambda g: g / tokens, gradient_sum)
         norm = optax.global_norm(gradient)

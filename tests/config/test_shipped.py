@@ -23,6 +23,7 @@ def test_the_shipped_set_is_complete():
         "mistral-7b-qlora.yml",
         "full-fine-tune.yml",
         "continued-pretraining.yml",
+        "encoder-mlm.yml",
         "llama_3_8b_qlora.py",
     }
 

@@ -1,5 +1,6 @@
 """A tiny base model with the bundled tokenizer, a few dozen rows, and runs over them."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -11,8 +12,11 @@ import jax
 import pytest
 
 import jaxlora
+from jaxlora.checkpoints.save import save_model
 from jaxlora.config.load import load_config
 from jaxlora.data.batches import Batches
+from jaxlora.models.families.read import read_config
+from jaxlora.models.parameters import init_params
 from jaxlora.training.loop import train
 from jaxlora.training.results import TrainResult
 
@@ -74,6 +78,53 @@ def write_base(write_tiny_llama) -> Callable[..., Path]:
         return folder
 
     return write
+
+
+WORDS = "the cat dog house river stone is was in on red green blue big small and".split()
+_SPECIAL = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+
+
+def _write_encoder(folder: Path, architecture: str = "BertForMaskedLM", **changes: Any) -> Path:
+    """Writes a tiny encoder that has learned nothing, with a WordPiece tokenizer of `WORDS`."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate([*_SPECIAL.values(), *WORDS])}
+    pieces = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    pieces.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    pieces.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    PreTrainedTokenizerFast(tokenizer_object=pieces, **_SPECIAL).save_pretrained(folder)
+    config = {
+        "architectures": [architecture],
+        "vocab_size": len(vocabulary),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        **changes,
+    }
+    cfg = read_config(config)
+    params = init_params(dataclasses.replace(cfg, init_std=0.1), jax.random.key(0), "float32")
+    save_model(params, cfg, folder, config=config)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_encoder() -> Callable[..., Path]:
+    """``write_encoder(folder, architecture, **changes to config.json)``."""
+    return _write_encoder
 
 
 @pytest.fixture(scope="session")
