@@ -25,6 +25,7 @@ _LONGROPE = {
     "long_factor": [1.0, 3.0, 5.0],
     "original_max_position_embeddings": 16,
 }
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 14}
 _SHARED = {"shared_expert_intermediate_size": 18}
 _LATENT = {
@@ -36,10 +37,8 @@ _LATENT = {
 }
 _GROUPS = {"n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2}
 _DEEPSEEK_YARN = {
-    "rope_type": "yarn",
+    **_YARN,
     "rope_theta": 1e4,
-    "factor": 4.0,
-    "original_max_position_embeddings": 16,
     "mscale": 0.707,
     "mscale_all_dim": 0.9,
 }
@@ -99,12 +98,7 @@ CASES: dict[str, Case] = {
     "llama, yarn": _case(
         "LlamaForCausalLM",
         **_TINY,
-        rope_parameters={
-            "rope_type": "yarn",
-            "rope_theta": 1e4,
-            "factor": 4.0,
-            "original_max_position_embeddings": 16,
-        },
+        rope_parameters={**_YARN, "rope_theta": 1e4},
     ),
     "llama, dynamic": _case(
         "LlamaForCausalLM",
@@ -141,6 +135,17 @@ CASES: dict[str, Case] = {
         attention_multiplier=0.3,
     ),
     "olmo 2": _case("Olmo2ForCausalLM", **_TINY),
+    "olmo 3": _case(
+        "Olmo3ForCausalLM",
+        **{**_TINY, "num_hidden_layers": 5},
+        sliding_window=5,
+        rope_scaling={**_YARN, "attention_factor": 1.2},
+        rope_theta=5e4,
+    ),
+    "seed-oss": _case("SeedOssForCausalLM", **_WIDE_HEADS),
+    "seed-oss, biases": _case(
+        "SeedOssForCausalLM", **_WIDE_HEADS, attention_out_bias=True, mlp_bias=True
+    ),
     "phi-3": _case("Phi3ForCausalLM", **_TINY),
     "phi-3.5, longrope": _case(
         "Phi3ForCausalLM",
@@ -286,6 +291,12 @@ CASES: dict[str, Case] = {
     "command-r": _case("CohereForCausalLM", **_TINY, logit_scale=0.7),
     "command-r+": _case(
         "CohereForCausalLM", **_TINY, logit_scale=0.9, use_qk_norm=True, attention_bias=True
+    ),
+    "command-r7b": _case(
+        "Cohere2ForCausalLM",
+        **{**_TINY, "num_hidden_layers": 5},
+        sliding_window=5,
+        logit_scale=0.8,
     ),
     "pythia": _case(
         "GPTNeoXForCausalLM",

@@ -1,7 +1,7 @@
-"""Decoders with layer norms and separate projections: Phi, StableLM, StarCoder2, Cohere."""
+"""Decoders with layer norms and separate projections: Phi, StableLM, StarCoder2, Cohere 1, 2."""
 
-from jaxlora.models.families.llama import LLAMA, NO_BIAS
-from jaxlora.models.families.row import Family, field, layer_names
+from jaxlora.models.families.llama import FULL, LLAMA, NO_BIAS, SLIDING
+from jaxlora.models.families.row import Family, Fields, field, layer_names, layers_of_type
 
 LAYER_NORM = {"norm": "layer", "norm_bias": True}
 ALL_BIAS = {"qkv_bias": True, "output_bias": True, "mlp_bias": True}
@@ -143,9 +143,42 @@ COHERE = LLAMA.but(
     ),
 )
 
+
+def _every_so_many_full(fields: Fields) -> list[str]:
+    every = fields["sliding_window_pattern"]
+    return [SLIDING if (n + 1) % every else FULL for n in range(fields["num_hidden_layers"])]
+
+
+COHERE2 = COHERE.but(
+    fields={
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 4,
+        "layer_types": None,
+    },
+    without=("use_qk_norm",),
+    config={
+        "qk_norm": None,
+        "sliding_window": field("sliding_window"),
+        "sliding_layers": layers_of_type(SLIDING, _every_so_many_full),
+        "nope_layers": layers_of_type(FULL, _every_so_many_full),
+    },
+    expected={
+        "order_of_interleaved_layers": ("local_attn_first",),
+        "position_embedding_type": ("rope_gptj",),
+        "rotary_pct": (1.0,),
+        "use_embedding_sharing": (True,),
+        "use_gated_activation": (True,),
+        "use_parallel_block": (True,),
+        "use_parallel_embedding": (False,),
+    },
+    ignored=frozenset(["layer_switch"]),
+)
+
 ROWS: dict[str, Family] = {
     "PhiForCausalLM": PHI,
     "StableLmForCausalLM": STABLELM,
     "Starcoder2ForCausalLM": STARCODER2,
     "CohereForCausalLM": COHERE,
+    "Cohere2ForCausalLM": COHERE2,
 }

@@ -186,6 +186,39 @@ OLMO2 = LLAMA.but(
     },
 )
 
+
+def _three_in_four(fields: Fields) -> list[str]:
+    return [FULL if n % 4 == 3 else SLIDING for n in range(fields["num_hidden_layers"])]
+
+
+OLMO3 = OLMO2.but(
+    fields={
+        "rope_theta": 500000.0,
+        "rope_local_base_freq": None,
+        "sliding_window": 4096,
+        "layer_types": None,
+    },
+    config={
+        "sliding_window": field("sliding_window"),
+        "sliding_layers": layers_of_type(SLIDING, _three_in_four),
+    },
+)
+
+SEED_OSS = LLAMA.but(
+    fields={
+        "vocab_size": 155136,
+        "intermediate_size": 27648,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 80,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 524288,
+        "attention_bias": True,
+        "attention_out_bias": False,
+    },
+    config={"output_bias": field("attention_out_bias")},
+)
+
 PHI3 = LLAMA.but(
     fields={
         "vocab_size": 32064,
@@ -251,6 +284,8 @@ ROWS: dict[str, Family] = {
     "SmolLM3ForCausalLM": SMOLLM3,
     "GraniteForCausalLM": GRANITE,
     "Olmo2ForCausalLM": OLMO2,
+    "Olmo3ForCausalLM": OLMO3,
+    "SeedOssForCausalLM": SEED_OSS,
     "Phi3ForCausalLM": PHI3,
     "GlmForCausalLM": GLM,
     "Glm4ForCausalLM": GLM4,

@@ -43,8 +43,8 @@ def read_rope(fields: Fields, head_dim: int) -> dict[str, Any]:
     }
     if part != 1.0:
         read["rotary_dim"] = int(head_dim * part)
-    local_theta = next((fields[name] for name in _LOCAL_THETAS if name in fields), None)
-    if local_theta is not None:
+    if any(name in fields for name in _LOCAL_THETAS):
+        local_theta = next(fields[name] for name in _LOCAL_THETAS if name in fields) or theta
         local = by_type.get(_SLIDING, {})
         if local.get("rope_type", "default") != "default":
             raise UserError(
