@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree, flatten, replace
 from jaxlora.lora.config import LoraConfig
 from jaxlora.lora.initializers import Store, split
@@ -58,7 +59,16 @@ class Splitter:
         return leaf
 
     def adapter(self) -> Adapter:
-        """Returns the pairs taken out so far, in float32 (see `with_magnitudes` for DoRA)."""
+        """Returns the pairs taken out, in float32 (see `with_magnitudes` for DoRA).
+
+        Raises:
+          UserError: a target was not among the matrices, which are those of linear layers.
+        """
+        for path in self.targets.keys() - self.pairs.keys():
+            raise UserError(
+                f"peft_init_lora_weights: {self.config.init} is for linear layers, which "
+                f"{self.targets[path].modules[0]} is not; leave it out of the targets."
+            )
         return {
             path: {part: jnp.asarray(x) for part, x in pair.items()}
             for path, pair in sorted(self.pairs.items())

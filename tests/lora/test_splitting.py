@@ -2,6 +2,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxlora.core.errors import UserError
 from jaxlora.core.tree import flatten
 from jaxlora.lora import (
     LoraConfig,
@@ -99,7 +100,15 @@ def test_leaves_without_a_target_are_only_stored():
     matrix = normal(IN, OUT)
     assert splitter("head", 0, matrix, lambda x: x) is matrix
     assert splitter("layers/q/kernel", 1, matrix, lambda x: x) is matrix
-    assert splitter.adapter() == {}
+    assert splitter.pairs == {}
+
+
+def test_a_target_that_was_never_shown_is_an_error():
+    config = CONFIGS["pissa"]
+    splitter = Splitter(targets_of(config), config, KEY)
+    splitter("head", 0, normal(IN, OUT), lambda x: x)
+    with pytest.raises(UserError, match=r"pissa is for linear layers, which layers\.0\.q is not"):
+        splitter.adapter()
 
 
 def test_a_tree_in_memory_has_no_format_for_loftq():
