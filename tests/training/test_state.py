@@ -62,3 +62,27 @@ def test_a_fresh_optimizer_state_is_that_of_optax_and_placed(keys, name):
     assert jax.tree.structure(state) == jax.tree.structure(wanted)
     jax.tree.map(np.testing.assert_array_equal, state, wanted)
     assert all(leaf.sharding.mesh == placement.mesh for leaf in jax.tree.leaves(state))
+
+
+def test_lora_plus_speeds_up_b_and_every_vector(keys):
+    """The groups of PEFT's `create_loraplus_optimizer`."""
+    rates = {"loraplus_lr_ratio": 16, "loraplus_lr_embedding": 1e-4, "learning_rate": 1e-2}
+    plain = {"optimizer": "sgd", "max_grad_norm": 0, "warmup_steps": 0, "lr_scheduler": "constant"}
+    config = load_config({**keys, **plain, **rates})
+    pair = {part: jnp.ones((2, 2)) for part in ("a", "b", "magnitude", "bias")}
+    bias = next(path for path, spec in SPECS.items() if spec.kind == "bias")
+    kernel = f"{bias.rpartition('/')[0]}/kernel"
+    trainable = {
+        "params": {},
+        "adapter": {kernel: pair, "embed/embedding": pair, bias: {"value": jnp.ones(2)}},
+    }
+    optimizer, _ = make_tx(config, trainable, SPECS, 10)
+    updates, _ = optimizer.update(trainable, optimizer.init(trainable), trainable)
+    moved = {
+        path: {part: float(-update.ravel()[0]) for part, update in entry.items()}
+        for path, entry in updates["adapter"].items()
+    }
+    fast = pytest.approx(0.16)
+    assert moved[kernel] == {"a": pytest.approx(0.01), "b": fast, "magnitude": fast, "bias": fast}
+    assert moved["embed/embedding"] == dict.fromkeys(pair, pytest.approx(1e-4))
+    assert moved[bias] == {"value": fast}
