@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,17 @@ from jaxlora.checkpoints.atomic import staged
 from jaxlora.checkpoints.load import QuantSpec
 from jaxlora.checkpoints.peft_base import bias_modules
 from jaxlora.checkpoints.peft_config import CONFIG_FILE, write_config
+from jaxlora.checkpoints.peft_tensors import PREFIX, entries, put, to_peft
 from jaxlora.checkpoints.tensor_view import Tensors
 from jaxlora.checkpoints.write import write_tensors
 from jaxlora.core.errors import UserError
 from jaxlora.lora.biases import with_biases
 from jaxlora.lora.config import LoraConfig
-from jaxlora.lora.targets import ALL_LINEAR, Target, match
+from jaxlora.lora.targets import ALL_LINEAR, Target
 from jaxlora.lora.transform import Adapter
 from jaxlora.models.parameters import ParamSpec
+from jaxlora.models.targets import adaptable_modules, adaptable_parameters, targets_of_specs
 
-_PREFIX = "base_model.model."
-_SUFFIXES = {
-    "a": ".lora_A.weight",
-    "b": ".lora_B.weight",
-    "magnitude": ".lora_magnitude_vector",
-    "bias": ".lora_B.bias",
-}
 # In the metadata of the safetensors file, which PEFT does not read.
 _FINGERPRINT = "jaxlora_base"
 _STORAGE = "jaxlora_base_storage"
@@ -73,8 +69,8 @@ def save_adapter(
     """
     leaves = {path: {k: np.asarray(x) for k, x in pair.items()} for path, pair in adapter.items()}
     tensors = {
-        key: _peft_tensor(leaves[path][part], targets[path], layer, part)
-        for path, part, layer, key in _entries(targets)
+        key: to_peft(leaves[path][part], targets[path], layer, part)
+        for path, part, layer, key in entries(targets)
     }
     for key, values in tensors.items():
         if not np.isfinite(values).all():
@@ -121,34 +117,6 @@ def trained_storage(folder: Path) -> QuantSpec | None:
         ) from error
 
 
-def _entries(targets: Mapping[str, Target]) -> Iterator[tuple[str, str, int, str]]:
-    """``(leaf path, part of its entry, layer, PEFT's key)`` of every tensor."""
-    for path, target in sorted(targets.items()):
-        if target.vector:
-            for layer, (module, trains) in enumerate(
-                zip(target.modules, target.ranks, strict=True)
-            ):
-                suffix = ".base_layer.bias" if target.wrapped[layer] else ".bias"
-                if trains:
-                    yield path, "value", layer, f"{_PREFIX}{module}{suffix}"
-            continue
-        present = {"a": True, "b": True, "magnitude": target.dora, "bias": target.bias}
-        for layer, (module, rank) in enumerate(zip(target.modules, target.ranks, strict=True)):
-            for part, suffix in _SUFFIXES.items():
-                if rank and present[part]:
-                    yield path, part, layer, f"{_PREFIX}{module}{suffix}"
-
-
-def _peft_tensor(leaf: np.ndarray, target: Target, layer: int, part: str) -> np.ndarray:
-    values = leaf[layer] if target.stacked else leaf
-    rank = target.ranks[layer]
-    if part == "a":
-        values = values[:, :rank].T
-    elif part == "b":
-        values = values[:rank].T
-    return np.ascontiguousarray(values, np.float32)
-
-
 def load_adapter(
     folder: Path,
     specs: Mapping[str, ParamSpec],
@@ -177,34 +145,43 @@ def load_adapter(
             f"{folder}: this adapter was trained on another base model of the same shape; expected "
             "the base named in its adapter_config.json (base_model_name_or_path)."
         )
+    _refuse_single_experts(opened.file, files)
     targets = _match(folder, files, specs, config)
     _check(opened.file, files, specs, targets)
     adapter = {}
-    for path, part, layer, key in _entries(targets):
+    for path, part, layer, key in entries(targets):
         target = targets[path]
         leaf = adapter.setdefault(path, _zeros(specs[path], target))[part]
         values = files.read(key).astype(np.float32)
         where = leaf[layer] if target.stacked else leaf
-        if part == "a":
-            where[:, : target.ranks[layer]] = values.T
-        elif part == "b":
-            where[: target.ranks[layer]] = values.T
-        else:
-            where[:] = values
+        put(where, values, part, target.ranks[layer])
     adapter = {path: {k: jnp.asarray(x) for k, x in pair.items()} for path, pair in adapter.items()}
     return adapter, targets, config
+
+
+def _refuse_single_experts(where: Path, files: Tensors) -> None:
+    for key in files.info:
+        if re.search(r"\.experts\.\d+\.", key):
+            raise UserError(
+                f"{where}: {key} is for one expert, as adapters made with transformers 4 are; "
+                "expected them stacked: load it with PEFT on transformers 5 and save it again."
+            )
 
 
 def _match(
     folder: Path, files: Tensors, specs: Mapping[str, ParamSpec], config: LoraConfig
 ) -> dict[str, Target]:
-    kinds = ("linear",) if config.target_modules == ALL_LINEAR else ("linear", "head")
-    modules = {path: spec.modules() for path, spec in specs.items() if spec.kind in kinds}
-    known = [module for names in modules.values() for module in names]
-    in_file = [key.partition(".lora_")[0].removeprefix(_PREFIX) for key in files.info]
-    stacked = [path for path, spec in specs.items() if spec.layers is not None]
+    head = config.target_modules != ALL_LINEAR
+    modules, parameters = (
+        [name for names in each.values() for name in names]
+        for each in (adaptable_modules(specs, head=head), adaptable_parameters(specs))
+    )
+    in_file = [key.partition(".lora_")[0].removeprefix(PREFIX) for key in files.info]
     try:
-        targets = match(modules, _relevant(config, known, in_file), stacked)
+        targets = targets_of_specs(
+            specs, _relevant(config, modules, parameters, in_file), head=head
+        )
+        stacked = [path for path, spec in specs.items() if spec.layers is not None]
         return with_biases(targets, bias_modules(specs), config.train_bias, stacked)
     except (UserError, re.error) as error:
         raise UserError(
@@ -212,7 +189,9 @@ def _match(
         ) from error
 
 
-def _relevant(config: LoraConfig, known: list[str], in_file: list[str]) -> LoraConfig:
+def _relevant(
+    config: LoraConfig, known: list[str], parameters: list[str], in_file: list[str]
+) -> LoraConfig:
     """`config` less the rules that match nothing in this model, which PEFT lets pass.
 
     One list of rules serves many models there. Nothing gets lost by it: the tensors in the file
@@ -228,12 +207,13 @@ def _relevant(config: LoraConfig, known: list[str], in_file: list[str]) -> LoraC
         return {
             pattern: value
             for pattern, value in patterns.items()
-            if any(re.match(rf"^(.*\.)?({pattern})$", module) for module in known)
+            if any(re.match(rf"^(.*\.)?({pattern})$", path) for path in known + parameters)
         }
 
     return dataclasses.replace(
         config,
         target_modules=fitting(config.target_modules, known + in_file),
+        target_parameters=fitting(config.target_parameters, parameters),
         exclude_modules=fitting(config.exclude_modules, known),
         rank_pattern=fitting_patterns(config.rank_pattern),
         alpha_pattern=fitting_patterns(config.alpha_pattern),
@@ -260,9 +240,9 @@ def _check(
 ) -> None:
     """Compares names and shapes before anything is read; PEFT itself would only warn."""
     expected = {}
-    for path, part, layer, key in _entries(targets):
-        *_, in_dim, out_dim = (0, *specs[path].shape)
-        rank = targets[path].ranks[layer]
+    for path, part, layer, key in entries(targets):
+        *lead, in_dim, out_dim = (1, *specs[path].shape)
+        rank = targets[path].ranks[layer] * math.prod(lead)
         expected[key] = {"a": (rank, in_dim), "b": (out_dim, rank)}.get(part, (out_dim,))
     extra = [key for key in files.info if key not in expected]
     if extra:

@@ -31,7 +31,8 @@ _CONSTANT: dict[str, Any] = {
 # Keys we read, and keys that say nothing about what the adapter computes.
 _READ = frozenset(
     """
-    r lora_alpha lora_dropout target_modules exclude_modules layers_to_transform layers_pattern
+    r lora_alpha lora_dropout target_modules target_parameters exclude_modules
+    layers_to_transform layers_pattern
     rank_pattern alpha_pattern use_rslora use_dora lora_bias init_lora_weights peft_type bias
     """.split()
 )
@@ -70,6 +71,8 @@ def write_config(
         "use_dora": config.use_dora,
         "use_rslora": config.use_rslora,
     }
+    if not content["target_parameters"]:  # a key that older readers do not know
+        del content["target_parameters"]
     if config.lora_bias:  # a key that older readers do not know
         content["lora_bias"] = True
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -82,8 +85,14 @@ def _patterns(targets: Mapping[str, Target], config: LoraConfig) -> dict[str, An
     another of two that overlap comes first.
     """
     targets = {path: target for path, target in targets.items() if not target.vector}
-    leaf_names = [target.modules[0].rpartition(".")[2] for target in targets.values()]
-    selected: list[str] = []
+    # A parameter's last name alone may be that of a linear module elsewhere.
+    leaf_names = [
+        ".".join(target.modules[0].split(".")[-2 if target.nested else -1 :])
+        for target in targets.values()
+    ]
+    last_names = [target.modules[0].rpartition(".")[2] for target in targets.values()]
+    modules: list[str] = []
+    parameters: list[str] = []
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for target, leaf_name in zip(targets.values(), leaf_names, strict=True):
@@ -93,16 +102,18 @@ def _patterns(targets: Mapping[str, Target], config: LoraConfig) -> dict[str, An
             if rank
         ]
         alike = len(layers) == len(target.modules) and len({layer[1:] for layer in layers}) == 1
-        if alike and leaf_names.count(leaf_name) == 1:
+        # Patterns of ranks would take a module's last name for that of a parameter.
+        if alike and (leaf_names if target.nested else last_names).count(leaf_name) == 1:
             layers = [(leaf_name, *layers[0][1:])]
         for name, rank, alpha in layers:
-            selected.append(name)
+            (parameters if target.nested else modules).append(name)
             if rank != config.r:
                 ranks[name] = rank
             if alpha != config.alpha:
                 alphas[name] = _whole(alpha)
     return {
-        "target_modules": sorted(selected),
+        "target_modules": sorted(modules),
+        "target_parameters": sorted(parameters),
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
     }
@@ -137,8 +148,9 @@ def _refuse_unsupported(content: Mapping[str, Any]) -> None:
             "adapter is not for the plain base; save it with PEFT's "
             "path_initial_model_for_weight_conversion."
         )
-    for key in ("r", "target_modules"):
-        if not content.get(key):
+    targets = content.get("target_modules") or content.get("target_parameters")
+    for key, value in (("r", content.get("r")), ("target_modules", targets)):
+        if not value:
             raise UserError(f"{key} is missing; export the adapter again.")
     for key, value in content.items():
         if value and key not in _READ and key not in _IGNORED:
@@ -152,7 +164,8 @@ def _translate(content: Mapping[str, Any]) -> LoraConfig:
         r=int(content["r"]),
         alpha=float(content.get("lora_alpha", 8)),
         dropout=float(content.get("lora_dropout") or 0.0),
-        target_modules=_rule(content["target_modules"]),
+        target_modules=_rule(content.get("target_modules") or ()),
+        target_parameters=tuple(sorted(_names(content.get("target_parameters")))),
         exclude_modules=_rule(content.get("exclude_modules") or ()),
         layers_to_transform=tuple(int(layer) for layer in layers),
         layers_pattern=_names(content.get("layers_pattern")),

@@ -68,7 +68,13 @@ def lora_targets(config: Config) -> tuple[str, ...] | str:
     """Returns names, one regular expression, or ``"all-linear"``."""
     if config.lora_target_linear:
         return "all-linear"
-    return config.lora_target_modules or DEFAULT_TARGETS
+    return config.lora_target_modules or (() if config.lora_target_parameters else DEFAULT_TARGETS)
+
+
+def lora_target_parameters(config: Config) -> tuple[str, ...]:
+    """Returns names of weights that are no linear layers."""
+    names = config.lora_target_parameters or ()
+    return (names,) if isinstance(names, str) else names
 
 
 def lora_init(config: Config) -> bool | str:

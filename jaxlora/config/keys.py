@@ -74,7 +74,7 @@ _REFUSED = {
         use_onebitllms nvfp4_merge_aware llama4_linearized_experts""",
     "context parallelism is not available; raise mesh.fsdp and use remat": """context_parallel_size
         sequence_parallel_degree""",
-    "mixture-of-experts models are not available": "expert_parallel_size lora_target_parameters",
+    "experts are not spread over devices": "expert_parallel_size",
     "not available; put every text in datasets with type: completion": """pretraining_dataset
         streaming""",
     "not available; remove duplicates or short rows from the file": """dataset_exact_deduplication

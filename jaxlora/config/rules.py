@@ -139,10 +139,19 @@ def _adapter(config: Config) -> Iterator[Problem]:
     if pattern and config.peft_layers_to_transform is None:
         text = "it needs peft_layers_to_transform"
         yield Problem(("peft_layers_pattern",), text, ("peft_layers_to_transform",))
+    yield from _parameters(config)
     plain = targets is None or targets == "all-linear" or set(targets) <= set(_PROJECTIONS)
     if config.lora_target_linear and not plain:
         text = "set it or lora_target_linear, not both"
         yield Problem(("lora_target_modules",), text, ("lora_target_linear",))
+
+
+def _parameters(config: Config) -> Iterator[Problem]:
+    """PEFT's limits of adapters on experts."""
+    for key in ("lora_dropout", "peft_use_dora", "peft_lora_bias", "peft_bias"):
+        if config.lora_target_parameters and getattr(config, key) not in (0, False, "none"):
+            text = "it does not go with lora_target_parameters; remove it"
+            yield Problem((key,), text, ("lora_target_parameters",))
 
 
 def _expression(key: str, text: str) -> Iterator[Problem]:

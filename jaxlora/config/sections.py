@@ -66,6 +66,8 @@ class AdapterKeys(Section):
     """Share of the adapter's inputs dropped while training."""
     lora_target_modules: Text | tuple[Text, ...] | None = None
     """Names of the linear layers to adapt, or one regular expression for their full names."""
+    lora_target_parameters: Text | tuple[Text, ...] | None = None
+    """Weights to adapt that no linear layer holds, such as experts.gate_up_proj and gate.weight."""
     lora_target_linear: Flag = False
     """Adapts every linear layer but the output head."""
     lora_exclude_modules: Text | tuple[Text, ...] | None = None

@@ -20,6 +20,7 @@ def lora_config(config: Config) -> LoraConfig | None:
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
         target_modules=derived.lora_targets(config),
+        target_parameters=derived.lora_target_parameters(config),
         exclude_modules=config.lora_exclude_modules or (),
         rank_pattern=config.lora_rank_pattern,
         alpha_pattern=config.lora_alpha_pattern,

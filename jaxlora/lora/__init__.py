@@ -7,6 +7,7 @@ place, `merge` folds them in, `wrap` lets a model that knows nothing of jaxlora 
 from jaxlora.lora.biases import with_biases
 from jaxlora.lora.config import LoraConfig
 from jaxlora.lora.initializers import changes_base
+from jaxlora.lora.parameters import match_parameters
 from jaxlora.lora.splitting import Splitter, as_difference, split_tree
 from jaxlora.lora.targets import Target, match, targets_of_tree
 from jaxlora.lora.transform import apply, count, init, merge, unmerge, with_magnitudes
@@ -22,6 +23,7 @@ __all__ = [
     "count",
     "init",
     "match",
+    "match_parameters",
     "merge",
     "split_tree",
     "targets_of_tree",

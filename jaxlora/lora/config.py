@@ -17,7 +17,9 @@ class LoraConfig:
       dropout: probability in [0, 1) of dropping an input of the low-rank path while training.
       target_modules: suffixes of module paths, or one regular expression for whole paths, or
         ``"all-linear"``.
-      exclude_modules: the same rules, for what to leave out.
+      target_parameters: suffixes of the paths of weights that no linear module holds: experts, such
+        as ``experts.down_proj``, and their router, ``gate.weight``.
+      exclude_modules: the same rules as for modules, for what to leave out.
       layers_to_transform: layer numbers; empty means all.
       layers_pattern: what comes before the layer number in a module path, such as ``layers``;
         empty means anything.
@@ -40,6 +42,7 @@ class LoraConfig:
     alpha: float = 8.0
     dropout: float = 0.0
     target_modules: tuple[str, ...] | str = "all-linear"
+    target_parameters: tuple[str, ...] = ()
     exclude_modules: tuple[str, ...] | str = ()
     layers_to_transform: tuple[int, ...] = ()
     layers_pattern: tuple[str, ...] = ()
@@ -59,6 +62,7 @@ class LoraConfig:
                 raise UserError(f"lora_r: {r} is not a rank; expected 1 or more.")
         if not 0 <= self.dropout < 1:
             raise UserError(f"lora_dropout: {self.dropout} is out of range; expected 0 <= p < 1.")
+        self._check_parameters()
         check_init(self.init, [self.r, *self.rank_pattern.values()])
         if self.lora_bias and (self.use_dora or not isinstance(self.init, bool)):
             other = "DoRA" if self.use_dora else f"init {self.init}"
@@ -71,6 +75,21 @@ class LoraConfig:
             raise UserError(
                 f"peft_bias: {self.train_bias} does not go with init {self.init}; remove one."
             )
+
+    def _check_parameters(self) -> None:
+        """PEFT's limits of adapters on experts."""
+        unfit = {
+            "lora_dropout": self.dropout > 0,
+            "peft_use_dora": self.use_dora,
+            "peft_lora_bias": self.lora_bias,
+            "peft_bias": self.train_bias != "none",
+            "peft_init_lora_weights": self.init not in (True, False, "gaussian"),
+        }
+        for key, present in unfit.items():
+            if self.target_parameters and present:
+                raise UserError(
+                    f"{key}: does not go with lora_target_parameters, as in PEFT; remove it."
+                )
 
     def scale(self, rank: int, alpha: float) -> float:
         """Returns what multiplies ``B A``.

@@ -62,7 +62,12 @@ def _method(init: bool | str) -> bool | str:
 
 
 def random_pair(
-    init: bool | str, key: jax.Array, in_dim: int, out_dim: int, ranks: Sequence[int], stacked: bool
+    init: bool | str,
+    key: jax.Array,
+    in_dim: int,
+    out_dim: int,
+    ranks: Sequence[int],
+    lead: tuple[int, ...],
 ) -> Pair:
     """Returns A and B of one leaf; columns beyond a layer's own rank are zero.
 
@@ -71,10 +76,9 @@ def random_pair(
       key: typed PRNG key.
       in_dim, out_dim: sizes of each layer's matrix.
       ranks: rank of each layer, the largest being that of the arrays.
-      stacked: whether there is a leading layer axis.
+      lead: leading axes, of layers and experts.
     """
-    lead = (len(ranks),) if stacked else ()
-    rank = np.array(ranks).reshape((*lead, 1, 1))
+    rank = np.array(ranks).reshape((len(ranks),) + (1,) * (len(lead) + 1) if lead else (1, 1))
     a, b = _RANDOM[init](key, (*lead, in_dim, max(ranks)), (*lead, max(ranks), out_dim), rank)
     used = np.arange(max(ranks))
     return jnp.where(used < rank, a, 0.0), jnp.where(used[:, None] < rank, b, 0.0)

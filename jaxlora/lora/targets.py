@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxlora.core.errors import UserError, did_you_mean
@@ -28,6 +28,9 @@ class Target:
       dropout: dropout probability of the low-rank path.
       dora: whether a magnitude vector is trained too.
       bias: whether B has a bias.
+      experts: experts of a mixture, which are an axis of the leaf after the layers'; 0 for none.
+      nested: for a weight that no linear module holds (`LoraConfig.target_parameters`): how many
+        other such weights of its module were wrapped after it, in each layer; else empty.
       in_axes: leading axes (after the layer axis) of the leaf that are contracted with the input.
       vector: whether the leaf is a bias, which trains itself instead (`jaxlora.lora.biases`); ranks
         and scales are 1 where it does.
@@ -44,6 +47,8 @@ class Target:
     bias: bool = False
     vector: bool = False
     wrapped: tuple[bool, ...] = ()
+    experts: int = 0
+    nested: tuple[int, ...] = ()
 
     @property
     def rank(self) -> int:
@@ -57,7 +62,10 @@ class Target:
 
 
 def match(
-    modules: Mapping[str, Sequence[str]], config: LoraConfig, stacked: Iterable[str] = ()
+    modules: Mapping[str, Sequence[str]],
+    config: LoraConfig,
+    stacked: Iterable[str] = (),
+    parameters: Iterable[str] = (),
 ) -> dict[str, Target]:
     """Returns the target of every leaf of which `config` selects at least one layer.
 
@@ -65,6 +73,7 @@ def match(
       modules: ``{leaf path: module path of each layer}`` of the weights that may be adapted.
       config: the rules.
       stacked: leaf paths with a leading layer axis.
+      parameters: paths of what may be adapted besides, which patterns of ranks may mean.
 
     Raises:
       UserError: a rule that matches nothing, naming the nearest module.
@@ -75,22 +84,13 @@ def match(
     {'wq': (4, 4)}
     """
     every = [module for names in modules.values() for module in names]
-    _refuse_unmatched(every, config)
+    _refuse_unmatched(every, config, parameters)
     stacked = set(stacked)
     targets = {}
     for path, names in modules.items():
-        ranks = tuple(
-            _by_pattern(config.rank_pattern, name, config.r) if _selected(name, config) else 0
-            for name in names
-        )
+        ranks, scales = ranks_and_scales(names, config, lambda name: _selected(name, config))
         if not any(ranks):
             continue
-        scales = tuple(
-            config.scale(rank, _by_pattern(config.alpha_pattern, name, config.alpha))
-            if rank
-            else 0.0
-            for name, rank in zip(names, ranks, strict=True)
-        )
         targets[path] = Target(
             tuple(names),
             ranks,
@@ -100,9 +100,23 @@ def match(
             config.use_dora,
             bias=config.lora_bias,
         )
-    if not targets:
+    if not targets and not config.target_parameters:
         raise UserError("lora_target_modules: every matching module is excluded; nothing to train.")
     return targets
+
+
+def ranks_and_scales(
+    names: Sequence[str], config: LoraConfig, selected: Callable[[str], bool]
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Returns rank and scale of each layer of a leaf, both 0 where it is not selected."""
+    ranks = tuple(
+        _by_pattern(config.rank_pattern, name, config.r) if selected(name) else 0 for name in names
+    )
+    scales = tuple(
+        config.scale(rank, _by_pattern(config.alpha_pattern, name, config.alpha)) if rank else 0.0
+        for name, rank in zip(names, ranks, strict=True)
+    )
+    return ranks, scales
 
 
 def targets_of_tree(
@@ -132,7 +146,7 @@ def targets_of_tree(
             modules[path] = [".".join(named)]
     targets = match(modules, config)
     for suffix, count in (in_axes or {}).items():
-        paths = [path for path, t in targets.items() if _is_suffix(suffix, t.modules[0])]
+        paths = [path for path, t in targets.items() if is_suffix(suffix, t.modules[0])]
         if not paths:
             raise UserError(f"in_axes: {suffix!r} matches no module that is adapted.")
         for path in paths:
@@ -157,10 +171,11 @@ def _matches(rule: tuple[str, ...] | str, module: str) -> bool:
         return True
     if isinstance(rule, str):
         return re.fullmatch(rule, module) is not None
-    return any(_is_suffix(suffix, module) for suffix in rule)
+    return any(is_suffix(suffix, module) for suffix in rule)
 
 
-def _is_suffix(suffix: str, module: str) -> bool:
+def is_suffix(suffix: str, module: str) -> bool:
+    """Returns whether a path ends with these of its names."""
     return module == suffix or module.endswith("." + suffix)
 
 
@@ -178,7 +193,9 @@ def _layer_number(module: str, config: LoraConfig) -> int | None:
     return None
 
 
-def _refuse_unmatched(modules: Sequence[str], config: LoraConfig) -> None:
+def _refuse_unmatched(
+    modules: Sequence[str], config: LoraConfig, parameters: Iterable[str]
+) -> None:
     _refuse_unmatched_rule("lora_target_modules", config.target_modules, modules)
     if config.exclude_modules:
         _refuse_unmatched_rule("exclude_modules", config.exclude_modules, modules)
@@ -190,7 +207,8 @@ def _refuse_unmatched(modules: Sequence[str], config: LoraConfig) -> None:
             raise UserError(f"layers_to_transform: no layer {layer}; the model has {have}.")
     for name in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, name):
-            if not any(re.match(rf"^(.*\.)?({pattern})$", module) for module in modules):
+            paths = (*modules, *parameters)
+            if not any(re.match(rf"^(.*\.)?({pattern})$", path) for path in paths):
                 raise UserError(
                     f"{name}: {pattern!r} matches no module; modules: {_last_names(modules)}."
                 )
@@ -208,7 +226,7 @@ def _refuse_unmatched_rule(key: str, rule: tuple[str, ...] | str, modules: Seque
             f"{modules[0]!r}; modules: {_last_names(modules)}."
         )
     for suffix in rule:
-        if not any(_is_suffix(suffix, module) for module in modules):
+        if not any(is_suffix(suffix, module) for module in modules):
             names = _last_names(modules)
             raise UserError(
                 f"{key}: {suffix!r} matches no module."

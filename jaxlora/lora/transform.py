@@ -47,7 +47,7 @@ def init(
             adapter[path] = {"value": jnp.array(leaves[path], jnp.float32, copy=True)}
             continue
         lead, in_dim, out_dim = matrix_shape(leaves[path], target)
-        a, b = random_pair(init, leaf_key, in_dim, out_dim, target.ranks, bool(lead))
+        a, b = random_pair(init, leaf_key, in_dim, out_dim, target.ranks, lead)
         adapter[path] = {"a": a, "b": b}
         if target.bias:
             adapter[path]["bias"] = jnp.zeros((*lead, out_dim), jnp.float32)
@@ -70,7 +70,7 @@ def with_magnitudes(
 
 def matrix_shape(leaf: Any, target: Target) -> tuple[tuple[int, ...], int, int]:
     """Returns leading axes, inputs and outputs of the matrices of an adapted leaf."""
-    lead = leaf.shape[:1] if target.stacked else ()
+    lead = leaf.shape[: target.stacked + bool(target.experts)]
     dims = leaf.shape[len(lead) :]
     return lead, int(np.prod(dims[: target.in_axes])), int(np.prod(dims[target.in_axes :]))
 
@@ -115,7 +115,10 @@ def apply(
 
 
 def _scale(target: Target) -> jax.Array:
-    return jnp.asarray(target.scales if target.stacked else target.scales[0], jnp.float32)
+    scale = jnp.asarray(target.scales if target.stacked else target.scales[0], jnp.float32)
+    if not target.experts:
+        return scale
+    return jnp.broadcast_to(scale[..., None], (*scale.shape, target.experts))
 
 
 def _sibling(path: str) -> str:
@@ -220,5 +223,6 @@ def count(targets: Mapping[str, Target], adapter: Mapping[str, Mapping[str, Any]
         in_dim, out_dim = pair["a"].shape[-2], pair["b"].shape[-1]
         vectors = out_dim * len(pair.keys() - {"a", "b"})
         for rank in targets[path].ranks:
-            total += rank * (in_dim + out_dim) + (vectors if rank else 0)
+            total += rank * (in_dim + out_dim) * max(targets[path].experts, 1)
+            total += vectors if rank else 0
     return total

@@ -21,10 +21,11 @@ from jaxlora.data.masking import Masking
 from jaxlora.data.prepare import Prepared, prepare
 from jaxlora.data.table import check_vocabulary
 from jaxlora.data.tokenizer import load_tokenizer, pad_id
-from jaxlora.lora import LoraConfig, Target, changes_base, match, with_biases
+from jaxlora.lora import LoraConfig, Target, changes_base, with_biases
 from jaxlora.lora.transform import Adapter
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import ParamSpec, describe
+from jaxlora.models.targets import targets_of_specs
 from jaxlora.models.task import task_of
 from jaxlora.models.transformer import Transformer
 from jaxlora.ops.arrays import FOUR_BIT
@@ -105,9 +106,8 @@ def open_model(config: Config) -> Model:
         )
         targets = _with_dropout(targets, config.lora_dropout)
     elif lora is not None:
-        modules = {path: spec.modules() for path, spec in specs.items() if spec.kind == "linear"}
         stacked = [path for path, spec in specs.items() if spec.layers is not None]
-        targets = match(modules, lora, stacked)
+        targets = targets_of_specs(specs, lora)
         targets = with_biases(targets, bias_modules(specs), lora.train_bias, stacked)
     tokenizer = load_tokenizer(
         config.tokenizer_config or folder,
@@ -160,6 +160,10 @@ def _check_storage(config: Config, storage: Storage | None) -> None:
 
 
 def _with_dropout(targets: dict[str, Target], dropout: float) -> dict[str, Target]:
+    if dropout and any(target.nested for target in targets.values()):
+        raise UserError(
+            "lora_dropout: does not go with the adapter's target_parameters; remove it."
+        )
     return {path: dataclasses.replace(target, dropout=dropout) for path, target in targets.items()}
 
 

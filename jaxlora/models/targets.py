@@ -1,0 +1,66 @@
+"""Which weights of a model an adapter's rules select."""
+
+from collections.abc import Mapping
+
+from jaxlora.lora.config import LoraConfig
+from jaxlora.lora.parameters import match_parameters
+from jaxlora.lora.targets import Target, match
+from jaxlora.models.parameters import ParamSpec
+
+# The order in which transformers' modules of experts hold their weights.
+_HELD = ("gate_up_proj", "down_proj")
+
+
+def adaptable_modules(
+    specs: Mapping[str, ParamSpec], *, head: bool = False
+) -> dict[str, list[str]]:
+    """Returns ``{leaf path: module path of each layer}`` of linear modules, maybe the `head`."""
+    kinds = ("linear", "head") if head else ("linear",)
+    return {path: spec.modules() for path, spec in specs.items() if spec.kind in kinds}
+
+
+def adaptable_parameters(specs: Mapping[str, ParamSpec]) -> dict[str, list[str]]:
+    """Returns ``{leaf path: parameter path of each layer}`` of experts and routers.
+
+    >>> from jaxlora.models.config import ModelConfig, Moe
+    >>> from jaxlora.models.parameters import describe
+    >>> from jaxlora.ops.experts import Routing
+    >>> cfg = ModelConfig(vocab_size=8, embed_dim=4, mlp_dim=8, num_layers=1, num_heads=2,
+    ...     num_kv_heads=1, head_dim=2, max_context=16, norm_eps=1e-5, family="MixtralForCausalLM",
+    ...     moe=Moe((0,), num_experts=2, mlp_dim=8, routing=Routing(1)))
+    >>> for names in adaptable_parameters(describe(cfg)).values(): print(*names)
+    model.layers.0.mlp.gate.weight
+    model.layers.0.mlp.experts.gate_up_proj
+    model.layers.0.mlp.experts.down_proj
+    """
+    routers = {
+        path: [f"{module}.weight" for module in spec.modules()]
+        for path, spec in specs.items()
+        if spec.kind == "router"
+    }
+    experts = {path: spec.modules() for path, spec in specs.items() if spec.kind == "experts"}
+    held = sorted(experts, key=lambda path: _HELD.index(experts[path][0].rpartition(".")[2]))
+    return routers | {path: experts[path] for path in held}
+
+
+def targets_of_specs(
+    specs: Mapping[str, ParamSpec], config: LoraConfig, *, head: bool = False
+) -> dict[str, Target]:
+    """Returns the targets of `config` in a model.
+
+    Args:
+      specs: from `describe`.
+      config: the rules.
+      head: whether they may select the output head.
+
+    Raises:
+      UserError: a rule that matches nothing.
+    """
+    parameters = adaptable_parameters(specs)
+    stacked = [path for path, spec in specs.items() if spec.layers is not None]
+    names = [name for each in parameters.values() for name in each]
+    experts = {path: specs[path].shape[0] for path in parameters if specs[path].kind == "experts"}
+    return {
+        **match(adaptable_modules(specs, head=head), config, stacked, names),
+        **match_parameters(parameters, config, stacked=stacked, experts=experts),
+    }
