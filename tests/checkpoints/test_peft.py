@@ -169,7 +169,10 @@ TENSOR_FAULTS = {
 CONFIG_FAULTS = {
     "bias": ({"bias": "some"}, "peft_bias: 'some' is unknown"),
     "save": ({"modules_to_save": ["lm_head"]}, "modules_to_save: .* is not supported"),
-    "experts": ({"target_parameters": ["mlp.experts"]}, "target_parameters: .* is not supported"),
+    "experts": (
+        {"target_parameters": ["mlp.experts"]},
+        "lora_dropout: does not go with lora_target_parameters",
+    ),
     "unknown": ({"new_feature": {"x": 1}}, "new_feature: .* is not supported"),
     "pissa": ({"init_lora_weights": "pissa"}, "'pissa' changes the base weights"),
     "type": ({"peft_type": "IA3"}, "peft_type: 'IA3' is no LoRA"),

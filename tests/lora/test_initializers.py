@@ -27,7 +27,7 @@ def keep(matrix):
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
 def test_columns_beyond_the_rank_of_a_layer_are_zero(init):
-    a, b = random_pair(init, KEY, 10, 6, RANKS, stacked=True)
+    a, b = random_pair(init, KEY, 10, 6, RANKS, (3,))
     assert a.shape == (3, 10, 4)
     assert b.shape == (3, 4, 6)
     for layer, rank in enumerate(RANKS):
@@ -38,14 +38,14 @@ def test_columns_beyond_the_rank_of_a_layer_are_zero(init):
 
 @pytest.mark.parametrize("init", [True, "gaussian", "orthogonal"])
 def test_product_is_zero_unless_it_is_asked_not_to_be(init):
-    a, b = random_pair(init, KEY, 40, 30, (8,), stacked=False)
+    a, b = random_pair(init, KEY, 40, 30, (8,), ())
     np.testing.assert_allclose(a @ b, 0, atol=1e-6)  # orthogonal: float32 sums of order 0.1
-    a, b = random_pair(False, KEY, 40, 30, (8,), stacked=False)
+    a, b = random_pair(False, KEY, 40, 30, (8,), ())
     assert np.abs(a @ b).max() > 0.1
 
 
 def test_gaussian_has_standard_deviation_one_over_r():
-    a, _ = random_pair("gaussian", KEY, 4096, 4, (8,), stacked=False)
+    a, _ = random_pair("gaussian", KEY, 4096, 4, (8,), ())
     assert np.std(a) == pytest.approx(1 / 8, rel=0.02)  # 32768 samples: 0.4 % expected
 
 

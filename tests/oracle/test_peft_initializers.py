@@ -89,10 +89,7 @@ def test_random_starts_have_the_spread_of_peft():
     torch.manual_seed(0)
     for init in (True, False, "gaussian"):
         _, a, b = of_peft(init, RANK)
-        pairs = [
-            random_pair(init, jax.random.key(seed), IN, OUT, (RANK,), stacked=False)
-            for seed in range(4)
-        ]
+        pairs = [random_pair(init, jax.random.key(seed), IN, OUT, (RANK,), ()) for seed in range(4)]
         for ours, theirs in zip(map(np.stack, zip(*pairs, strict=True)), (a, b), strict=True):
             # Of 240 to 1280 samples each: 5 % expected.
             np.testing.assert_allclose(ours.std(), theirs.std(), rtol=0.2)
