@@ -27,4 +27,4 @@ def probe_logits(cfg: ModelConfig, params: Tree) -> Float[np.ndarray, "B T V"]:
     model = bind(Transformer(cfg), params)
     with jax.default_matmul_precision("float32"):
         hidden, _ = model(jnp.asarray(tokens), jnp.asarray(positions), jnp.ones_like(tokens))
-        return np.asarray(model.logits(hidden))
+        return np.asarray(model.logits(model.pooled(hidden, jnp.ones_like(tokens))))

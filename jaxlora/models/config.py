@@ -81,6 +81,9 @@ class ModelConfig:
       head_activation: activation of one more dense layer (and norm) before the head, which encoders
         have; None for none.
       head_dense_bias, head_norm: whether that layer has a bias and is followed by a norm.
+      num_labels: classes of a sequence classifier, 0 for a model of tokens; its head reads one
+        hidden state for each text.
+      pooling: which: that of the ``first`` token, of the ``last``, or the ``mean`` of all.
       embed_scale: multiplies the embedded tokens.
       embed_norm: whether the embedded tokens are normed.
       token_types: rows of a learned table of token types (BERT: first or second text), 0 for none.
@@ -140,6 +143,8 @@ class ModelConfig:
     head_activation: str | None = None
     head_dense_bias: bool = True
     head_norm: bool = True
+    num_labels: int = 0
+    pooling: str = "last"
     embed_scale: float = 1.0
     embed_norm: bool = False
     token_types: int = 0

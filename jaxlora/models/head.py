@@ -1,7 +1,8 @@
 """What stands between the last hidden states and the logits."""
 
+import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxlora.core import axes
 from jaxlora.models.config import ModelConfig
@@ -25,8 +26,37 @@ class HeadTransform(nnx.Module):
         return y if self.norm is None else self.norm(y)
 
 
+def pool(
+    hidden: Float[Array, "B T D"], segments: Int[Array, "B T"], pooling: str
+) -> Float[Array, "B D"]:
+    """Returns one vector for each row, which holds one text and padding (segment 0).
+
+    Args:
+      hidden: last hidden states.
+      segments: as in `Transformer`.
+      pooling: see `ModelConfig.pooling`.
+    """
+    real = segments > 0
+    if pooling == "mean":
+        weights = real[..., None].astype(hidden.dtype)
+        return jnp.sum(hidden * weights, axis=1) / jnp.maximum(jnp.sum(weights, axis=1), 1)
+    first, last = jnp.argmax(real, axis=1), real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
+    index = {"first": first, "last": last}[pooling]
+    return jnp.take_along_axis(hidden, index[:, None, None], axis=1)[:, 0]
+
+
+def classifier_head(cfg: ModelConfig) -> Linear | None:
+    """Returns the projection on the labels, None for a model of tokens."""
+    if not cfg.num_labels:
+        return None
+    shape = (cfg.embed_dim, cfg.num_labels)
+    return Linear(shape, (axes.EMBED, axes.LABELS), cfg, bias=cfg.head_bias, kind="head")
+
+
 def language_head(cfg: ModelConfig) -> Linear | nnx.Dict | None:
     """Returns the projection on the vocabulary, or only its bias where the embedding serves."""
+    if cfg.num_labels:
+        return None
     if not cfg.tie_embedding:
         shape = (cfg.embed_dim, cfg.vocab_size)
         return Linear(shape, (axes.EMBED, axes.VOCAB), cfg, bias=cfg.head_bias, kind="head")

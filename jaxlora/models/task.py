@@ -22,8 +22,11 @@ class Task:
 
 NEXT_TOKEN = Task("CAUSAL_LM", "AutoModelForCausalLM", "text-generation")
 MASKED_TOKEN = Task(None, "AutoModelForMaskedLM", "fill-mask")
+LABEL = Task("SEQ_CLS", "AutoModelForSequenceClassification", "text-classification")
 
 
 def task_of(cfg: ModelConfig) -> Task:
     """Returns what the model's head is for."""
+    if cfg.num_labels:
+        return LABEL
     return NEXT_TOKEN if cfg.causal else MASKED_TOKEN

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from jaxlora.core import axes
 from jaxlora.models.block import Block
 from jaxlora.models.config import ModelConfig
-from jaxlora.models.head import HeadTransform, language_head
+from jaxlora.models.head import HeadTransform, classifier_head, language_head, pool
 from jaxlora.models.layers import LayerCache, Linear, Norm
 from jaxlora.models.parameters import ParamSpec, declare
 from jaxlora.models.stacks import AttentionInputs, Stack, make_stacks
@@ -100,7 +100,7 @@ class Transformer(nnx.Module):
                 setattr(self, name, Block(cfg, shape))
         self.norm = _norm(cfg) if cfg.final_norm else None
         self.head_transform = HeadTransform(cfg) if cfg.head_activation else None
-        self.lm_head = language_head(cfg)
+        self.lm_head, self.classifier = language_head(cfg), classifier_head(cfg)
 
     def __call__(
         self,
@@ -177,10 +177,19 @@ class Transformer(nnx.Module):
         x, layer_caches = jax.lax.scan(period, x, scanned)
         return x, dict(zip(stack.names, layer_caches, strict=True))
 
+    def pooled(
+        self, hidden: Float[Array, "B T D"], segments: Int[Array, "B T"]
+    ) -> Float[Array, "B *T D"]:
+        """Returns what the head reads: a classifier one vector for each row, others all."""
+        return pool(hidden, segments, self.cfg.pooling) if self.cfg.num_labels else hidden
+
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Returns float32 logits: of the next token, of the token itself in an encoder."""
+        """Returns float32 logits: of the next token, of the token itself in an encoder, of the
+        labels (from `pooled`) in a classifier."""
         if self.head_transform is not None:
             hidden = self.head_transform(hidden)
+        if self.classifier is not None:
+            return self.classifier(hidden, out_dtype=jnp.float32)
         if isinstance(self.lm_head, Linear):
             y = self.lm_head(hidden, out_dtype=jnp.float32)
         else:

@@ -179,6 +179,11 @@ def _check_tokenizer(tokenizer: Any, cfg: ModelConfig, base: str) -> None:
 def _objective(config: Config, model: Model) -> Masking | None:
     """How tokens are hidden, None where the next one is learned."""
     cfg, fitting = model.cfg, "clm" if model.cfg.causal else "mlm"
+    if cfg.num_labels:
+        raise UserError(
+            f"{config.base_model}: {cfg.family} is a classifier, which jaxlora does not train yet; "
+            "give the model without a head of labels."
+        )
     if config.objective not in (None, fitting):
         raise UserError(
             f"objective: {config.objective} does not fit {config.base_model} ({cfg.family}); "

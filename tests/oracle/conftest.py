@@ -39,7 +39,8 @@ class Pair:
 def run_decoder(cfg, params, tokens):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     model = bind(Transformer(cfg), params)
-    return model.logits(model(tokens, positions, jnp.ones_like(tokens))[0])
+    segments = jnp.ones_like(tokens)
+    return model.logits(model.pooled(model(tokens, positions, segments)[0], segments))
 
 
 def scale_weights(model, seed: int) -> None:

@@ -2,6 +2,7 @@
 transformers. A family has as many cases as its config has switches that change the arithmetic."""
 
 import dataclasses
+import re
 from typing import Any
 
 _TINY = {
@@ -364,4 +365,22 @@ CASES: dict[str, Case] = {
     "falcon, sequential": _case(
         "FalconForCausalLM", **_FALCON, multi_query=False, parallel_attn=False, bias=True
     ),
+}
+
+
+def _classifier(case: Case, labels: int, **fields: Any) -> Case:
+    family = re.sub(r"(For\w+|LMHeadModel)$", "ForSequenceClassification", case.family)
+    family = family.replace("Gemma3For", "Gemma3TextFor")
+    return Case(family, case.config, {**case.fields, "num_labels": labels, **fields})
+
+
+# One case of every family that transformers has a classifier of.
+_NO_CLASSIFIER = ("GraniteForCausalLM", "CohereForCausalLM")
+CLASSIFIERS: dict[str, Case] = {
+    f"{name}, labels": _classifier(case, 5)
+    for name, case in {case.family: (name, case) for name, case in CASES.items()}.values()
+    if case.family not in _NO_CLASSIFIER
+} | {
+    "bert, two labels": _classifier(CASES["bert"], 2),
+    "modernbert, mean": _classifier(CASES["modernbert"], 3, classifier_pooling="mean"),
 }

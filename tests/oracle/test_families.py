@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from family_cases import CASES
+from family_cases import CASES, CLASSIFIERS
 
 from jaxlora.models.families import FAMILIES
 
@@ -10,7 +10,7 @@ pytest.importorskip("torch")
 
 
 def test_every_family_has_a_case():
-    assert {case.family for case in CASES.values()} == set(FAMILIES)
+    assert {case.family for case in (CASES | CLASSIFIERS).values()} == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", CASES)
