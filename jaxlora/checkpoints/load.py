@@ -118,6 +118,7 @@ def load_params(
             if leaf is None:
                 leaf = empty(part, spec.full_shape[: len(at)], jnp.dtype(dtype))
             put(leaf, at, part, f"{files.folder}: {names[0]}")
+            part = None  # or a large table would be there twice while it is placed
             done += spec.size // len(sources[path])
             if progress is not None:
                 progress(done, total)
