@@ -3,14 +3,16 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
+import checkpoint_files
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxlora.checkpoints.load import QuantSpec, load_params, read_model_config
+from jaxlora.checkpoints.load import QuantSpec, check_weights, load_params, read_model_config
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import flatten
 from jaxlora.models.parameters import describe
@@ -227,20 +229,24 @@ cfg, _ = read_model_config(folder)
 quantize(np.ones((64, 64), np.float32), "nf4")
 jax.numpy.zeros(3)
 before = peak()
-kept = load_params(folder, cfg, dtype="bfloat16", quantization=QuantSpec("nf4"))
-held = sum(x.nbytes for x in jax.tree.leaves(kept))
+kept = load_params(folder, cfg, dtype="bfloat16", quantization=QuantSpec(sys.argv[2]))
+bits = lambda x: 4 if x.dtype == jax.numpy.int4 else 8 * x.dtype.itemsize
+held = sum(x.size * bits(x) // 8 for x in jax.tree.leaves(kept))
 print(peak() - before, held)
 """
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_peak_host_memory_is_the_quantized_model_and_two_tensors(tmp_path, write_tiny_llama):
+@pytest.mark.parametrize("format", ["nf4", "int4"])
+def test_peak_host_memory_is_the_quantized_model_and_two_tensors(
+    tmp_path, write_tiny_llama, format
+):
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "head_dim": 128, "vocab_size": 512}
     folder = write_tiny_llama(tmp_path, dtype="bfloat16", num_hidden_layers=10, **sizes)
     # glibc's per-thread arenas keep freed memory, 25 MB of noise here; these switch that off.
     allocator = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
     result = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(folder)],
+        [sys.executable, "-c", MEASURE, str(folder), format],
         capture_output=True,
         text=True,
         check=True,
@@ -248,8 +254,34 @@ def test_peak_host_memory_is_the_quantized_model_and_two_tensors(tmp_path, write
     )
     growth, held = map(int, result.stdout.split())
     stored = (folder / "model.safetensors").stat().st_size
-    leaf, tensor = 10 * 512 * 1536 // 2, 512 * 1536 * 2
+    tensor = 512 * 1536 * 2
     assert stored > 60e6
-    # One leaf twice (host buffer and device array) and two tensors; 26 MB for float32 pieces,
-    # threads and the compiler (17 measured). The file kept open or read whole would add 64 MB.
-    assert growth < held + leaf + 2 * tensor + 26e6, (growth, held, stored)
+    # Two tensors; 26 MB for float32 pieces, threads and the compiler (20 measured). The file kept
+    # open or read whole would add 64 MB, a byte for each int4 value 32 MB.
+    assert growth < held + 2 * tensor + 26e6, (growth, held, stored)
+
+
+def test_a_lying_70b_checkpoint_is_refused_before_anything_is_allocated(tmp_path):
+    config, name = checkpoint_files.LLAMA_70B, "model.layers.79.mlp.down_proj.weight"
+    whole = checkpoint_files.shapes(config)
+    cases = {
+        "is not in this shard, though the index says so": {
+            key: shape for key, shape in whole.items() if key != name
+        },
+        "has shape [8192, 28671]; expected [8192, 28672]": {**whole, name: (8192, 28671)},
+        "lm_head.weight has shape": {**whole, "lm_head.weight": (128256, 8191)},
+    }
+    for number, (message, stored) in enumerate(cases.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        checkpoint_files.write_headers(folder, config, stored=stored)
+        started = time.monotonic()
+        assert message in complaint(folder, place=lambda *a: pytest.fail("read something"))
+        assert time.monotonic() - started < 2  # 0.03 s measured on a busy machine
+    (folder / "model-00007-of-00030.safetensors").unlink()
+    assert "00007-of-00030.safetensors: shard is missing" in complaint(folder)
+
+
+def test_a_70b_checkpoint_of_headers_has_what_its_config_asks_for(tmp_path):
+    checkpoint_files.write_headers(tmp_path, checkpoint_files.LLAMA_70B)
+    check_weights(tmp_path, read_model_config(tmp_path)[0])

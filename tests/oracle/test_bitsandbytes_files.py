@@ -5,10 +5,14 @@ import numpy as np
 import pytest
 
 from jaxlora.checkpoints.bitsandbytes_files import LLM_INT8, four_bit
+from jaxlora.checkpoints.load import load_params, read_model_config
 from jaxlora.checkpoints.tensors import TensorFiles
 from jaxlora.core.errors import UserError
+from jaxlora.core.tree import flatten
+from jaxlora.generation.probe import probe_logits, probe_tokens
+from jaxlora.models.parameters import describe
 from jaxlora.ops import nf4
-from jaxlora.ops.arrays import DoubleQuantized
+from jaxlora.ops.arrays import DoubleQuantized, QuantizedArray
 from jaxlora.ops.quantize import dequantize
 
 torch = pytest.importorskip("torch")
@@ -141,3 +145,75 @@ def test_tiles_of_a_gpu_are_refused(tmp_path):
     }
     with pytest.raises(UserError, match=r"weight_format is 2.*expected 0"):
         LLM_INT8.load(write(tmp_path, tensors), WEIGHT, (16, 8))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, write_tiny_llama):
+    """``saved(format, dtype, **options) -> (folder, model)``: what transformers made, saved."""
+    transformers = pytest.importorskip("transformers")
+    root = tmp_path_factory.mktemp("saved")
+    sizes = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}
+    plain = write_tiny_llama(root / "plain", **sizes)
+
+    def make(format, dtype, **options):
+        if format == "int8":
+            config = transformers.BitsAndBytesConfig(load_in_8bit=True, **options)
+        else:
+            config = transformers.BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type=format,
+                bnb_4bit_compute_dtype=DTYPES[dtype],
+                **options,
+            )
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            plain, dtype=DTYPES[dtype], quantization_config=config, local_files_only=True
+        )
+        folder = root / f"{format}-{dtype}-{len(options)}"
+        model.save_pretrained(folder)
+        return folder, model.eval()
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("format", "dtype", "options"),
+    [
+        ("nf4", "float32", {"bnb_4bit_use_double_quant": True}),
+        ("nf4", "bfloat16", {"bnb_4bit_quant_storage": "bfloat16"}),
+        ("fp4", "float32", {}),
+        ("nf4", "float32", {"llm_int8_skip_modules": ["down_proj", "lm_head"]}),
+    ],
+)
+def test_a_repository_that_transformers_saved_is_the_model_it_saved(saved, format, dtype, options):
+    folder, theirs = saved(format, dtype, **options)
+    cfg, _ = read_model_config(folder)
+    leaves = flatten(params := load_params(folder, cfg, dtype="float32"))
+    for path, spec in describe(cfg).items():
+        for layer, module in enumerate(spec.modules() if spec.kind == "linear" else []):
+            weight = theirs.get_submodule(module).weight
+            leaf = jax.tree.map(lambda x, layer=layer: x[layer], leaves[path])
+            if "int8_skip" in str(options) and module.endswith("down_proj"):
+                assert not isinstance(leaf, QuantizedArray)
+                continue
+            assert leaf.format == format
+            expected = functional.dequantize_4bit(weight.data, weight.quant_state)
+            ours = np.asarray(dequantize(leaf, "float32")).T
+            np.testing.assert_array_equal(ours, expected.float().numpy(), err_msg=module)
+    if dtype == "float32":
+        # With gradients: without them bitsandbytes multiplies in bfloat16 on a CPU (0.1 off here).
+        logits = theirs(torch.from_numpy(probe_tokens(cfg))).logits.detach().numpy()
+        # float32, three layers, logits of standard deviation about 1.
+        np.testing.assert_allclose(probe_logits(cfg, params), logits, atol=2e-5)
+
+
+def test_an_int8_repository_that_transformers_saved_has_its_numbers(saved):
+    folder, theirs = saved("int8", "float16")
+    cfg, _ = read_model_config(folder)
+    leaves = flatten(load_params(folder, cfg, dtype="float32"))
+    for path, spec in describe(cfg).items():
+        for layer, module in enumerate(spec.modules() if spec.kind == "linear" else []):
+            weight = theirs.get_submodule(module).weight
+            leaf = jax.tree.map(lambda x, layer=layer: x[layer], leaves[path])
+            np.testing.assert_array_equal(np.asarray(leaf.values).T, weight.CB.numpy())
+            largest = (np.asarray(leaf.scales[0]) * 127).astype(np.float16)
+            np.testing.assert_array_equal(largest, weight.SCB.numpy().astype(np.float16))
