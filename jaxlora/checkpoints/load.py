@@ -111,7 +111,7 @@ def load_params(
     sources = find_sources(files, specs, cfg, storage)
     total, done = sum(spec.size for spec in specs.values()), 0
     leaves = {}
-    for path, spec in sorted(specs.items(), key=lambda item: -item[1].size):
+    for path, spec in sorted(specs.items(), key=lambda item: -reader.size(item[1])):
         leaf, mixed = None, _is_mixed(path, sources[path], storage, files)
         for at, names in sources[path].items():
             part = reader.matrix(names, spec, plain=mixed, split=_bound(split, path, at))
@@ -122,7 +122,8 @@ def load_params(
             done += spec.size // len(sources[path])
             if progress is not None:
                 progress(done, total)
-        leaves[path] = place(path, leaf)
+        # Placing is asynchronous, and the host's copy would stay beside the next leaf's.
+        leaves[path], leaf = jax.block_until_ready(place(path, leaf)), None
     return unflatten({path: leaves[path] for path in specs})
 
 

@@ -13,7 +13,7 @@ from jaxlora.checkpoints.tensor_view import Tensors
 from jaxlora.checkpoints.tensors import TensorFiles
 from jaxlora.core.errors import UserError
 from jaxlora.models.parameters import ParamSpec
-from jaxlora.ops.arrays import QuantizedArray
+from jaxlora.ops.arrays import FOUR_BIT, QuantizedArray
 from jaxlora.ops.quantize import beside, dequantize, pack, quantize
 
 # The kinds of parameter that `QuantSpec` is for.
@@ -52,6 +52,13 @@ class Reader:
     dtype: np.dtype
     quantization: QuantSpec | None
     storage: Storage | None
+
+    def size(self, spec: ParamSpec) -> float:
+        """Returns about how many bytes the leaf of a parameter will take."""
+        stored = self.storage or (spec.kind in _QUANTIZED and self.quantization)
+        if stored and spec.kind in _QUANTIZED:
+            return spec.size * (0.5 if stored.format in FOUR_BIT else 1)
+        return spec.size * self.dtype.itemsize
 
     def matrix(
         self,
