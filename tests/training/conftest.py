@@ -106,6 +106,7 @@ def _write_encoder(folder: Path, architecture: str = "BertForMaskedLM", **change
     PreTrainedTokenizerFast(tokenizer_object=pieces, **_SPECIAL).save_pretrained(folder)
     config = {
         "architectures": [architecture],
+        "model_type": architecture.partition("For")[0].lower(),
         "vocab_size": len(vocabulary),
         "hidden_size": 32,
         "intermediate_size": 64,
