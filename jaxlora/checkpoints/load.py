@@ -116,7 +116,9 @@ def load_params(
         for at, names in sources[path].items():
             part = reader.matrix(names, spec, plain=mixed, split=_bound(split, path, at))
             if leaf is None:
-                leaf = empty(part, spec.full_shape[: len(at)], jnp.dtype(dtype))
+                # Buffers keep their precision, as in transformers.
+                plain = jnp.dtype(jnp.float32 if spec.kind == "buffer" else dtype)
+                leaf = empty(part, spec.full_shape[: len(at)], plain)
             put(leaf, at, part, f"{files.folder}: {names[0]}")
             part = None  # or a large table would be there twice while it is placed
             done += spec.size // len(sources[path])

@@ -61,7 +61,12 @@ def find_sources(
     _check_missing(files, list(plain), head)
     _check_shapes(files, plain)
     known = {*plain, *tied, *(part for parts in stored.values() for part in parts)}
-    _check_leftover(files, known, FAMILIES[cfg.family].buffers, stored)
+    inert, beyond = FAMILIES[cfg.family].buffers, _beyond(specs, cfg)
+    _check_leftover(
+        files,
+        known | {name for name in files.info if name.endswith(inert) or name.startswith(beyond)},
+        stored,
+    )
     return sources
 
 
@@ -76,17 +81,21 @@ def _matrix_shape(spec: ParamSpec, name: str, files: Tensors, storage: Storage) 
     return shape[1], shape[0]
 
 
-def _check_leftover(
-    files: Tensors, known: set[str], inert: tuple[str, ...], stored: Mapping[str, list[str]]
-) -> None:
+def _beyond(specs: Mapping[str, ParamSpec], cfg: ModelConfig) -> tuple[str, ...]:
+    """What the names of tensors in `ModelConfig.extra_layers` begin with."""
+    layers = range(cfg.num_layers, cfg.num_layers + cfg.extra_layers)
+    stacked = (spec.hf_names[0] for spec in specs.values() if spec.layers is not None)
+    starts = {name.partition("{layer}")[0] for name in stacked}
+    return tuple(f"{start}{number}." for start in starts for number in layers)
+
+
+def _check_leftover(files: Tensors, known: set[str], stored: Mapping[str, list[str]]) -> None:
     # The first GPTQ tools wrote a bias for every layer they had quantized, of zeros.
     biases = {f"{name.removesuffix('.weight')}.bias" for name in stored}
     leftover = [
         name
         for name in files.info
-        if name not in known
-        and not name.endswith(inert)
-        and not (name in biases and not files.read(name).any())
+        if name not in known and not (name in biases and not files.read(name).any())
     ]
     if leftover:
         raise UserError(

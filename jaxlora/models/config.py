@@ -74,6 +74,7 @@ class ModelConfig:
     Attributes:
       num_kv_heads: key-value heads K; ``num_heads / K`` query heads share each (GQA).
       head_dim: channels per head; need not be ``embed_dim / num_heads``.
+      extra_layers: layers that files hold after the last, to guess further tokens; not loaded.
       max_context: positions the model was trained for.
       family: key of `jaxlora.models.families.FAMILIES`: where the parameter names come from.
       tie_embedding: whether the head is the embedding.
@@ -138,6 +139,7 @@ class ModelConfig:
     norm_eps: float
     rope_theta: float = 10000.0
     family: str = "LlamaForCausalLM"
+    extra_layers: int = 0
     tie_embedding: bool = False
     head_bias: bool = False
     head_activation: str | None = None

@@ -13,7 +13,7 @@ from jaxlora.ops.experts import Routing
 # What follows from other fields, balances the load in pre-training, or says how it was run.
 _IGNORED = BALANCE | set(
     """num_key_value_heads head_dim qk_head_dim aux_loss_alpha seq_aux ep_size
-    num_nextn_predict_layers num_mtp_layers""".split()
+    num_mtp_layers""".split()
 )
 
 
@@ -138,12 +138,14 @@ DEEPSEEK_V3 = DEEPSEEK_V2.but(
         "topk_group": 4,
         "norm_topk_prob": True,
         "rope_interleave": True,
+        "num_nextn_predict_layers": 1,
     },
     without=("mlp_bias", "topk_method"),
     config={
         "mlp_bias": False,
         "rope_interleaved": field("rope_interleave"),
         "moe": _v3_moe,
+        "extra_layers": field("num_nextn_predict_layers"),
     },
     names={
         "layers/mlp/correction": "model.layers.{layer}.mlp.gate.e_score_correction_bias",
