@@ -77,8 +77,10 @@ def build_pair(family: str, seed: int = 0, config_json: dict | None = None, **fi
     return dataclasses.replace(pair, cfg=read_config(config_json)) if config_json else pair
 
 
-def build_case(family: str, config: str, fields: dict, seed: int = 0) -> Pair:
-    """Builds transformers' class `family` and loads what it saves."""
+def build_case(
+    family: str, config: str, fields: dict, seed: int = 0, folder: Path | None = None
+) -> Pair:
+    """Builds transformers' class `family` and loads what it saves, to `folder` if given."""
     import transformers
 
     hf_config = getattr(transformers, config)(**fields)
@@ -86,15 +88,17 @@ def build_case(family: str, config: str, fields: dict, seed: int = 0) -> Pair:
     hf_config._experts_implementation = "eager"  # the grouped ones want sizes by 16 bytes
     model = getattr(transformers, family)(hf_config).eval().float()
     scale_weights(model, seed)
-    with tempfile.TemporaryDirectory() as folder:
-        cfg, params = convert(model, Path(folder))
+    with tempfile.TemporaryDirectory() as temporary:
+        cfg, params = convert(model, folder or Path(temporary))
     return Pair(model, cfg, params)
 
 
 @pytest.fixture(scope="session")
 def make_case():
-    """``make_case(case, seed) -> Pair``, see `family_cases.Case`."""
-    return lambda case, seed=0: build_case(case.family, case.config, case.fields, seed)
+    """``make_case(case, seed, folder) -> Pair``, see `family_cases.Case`."""
+    return lambda case, seed=0, folder=None: build_case(
+        case.family, case.config, case.fields, seed, folder
+    )
 
 
 @pytest.fixture(scope="session")
