@@ -1,7 +1,7 @@
 # The checks of this project. `make check` is what CI runs; the slow suites have a target each.
 PYTHON ?= python
 
-.PHONY: check lint format types floors test oracle reliability quickstart base
+.PHONY: check lint format types floors test oracle families-table reliability quickstart base
 
 check: lint format types floors test
 
@@ -22,7 +22,13 @@ test:
 
 # The whole comparison with transformers, PEFT and bitsandbytes.
 oracle:
-	$(PYTHON) -m pytest -m "oracle" tests
+	$(PYTHON) -m pytest -m "oracle or not reliability" tests/oracle
+	$(PYTHON) -m pytest -m "oracle" tests --ignore tests/oracle
+
+# The family matrix alone, which writes what it measured to docs/families.md.
+families-table:
+	PYTHONPATH=tests/oracle:$(CURDIR) $(PYTHON) -m pytest -p families_table \
+		-m "oracle or not reliability" tests/oracle/test_family_matrix.py
 
 # Kill, damage and resume trials, many of each.
 reliability:

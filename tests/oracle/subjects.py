@@ -63,7 +63,9 @@ class Subject:
 
     @property
     def our_config(self) -> LoraConfig:
-        return LoraConfig(r=RANK, alpha=ALPHA, target_modules="all-linear")
+        # PEFT's wrapper of that task wants a model that can generate.
+        task = "CAUSAL_LM" if self.cfg.causal else None
+        return LoraConfig(r=RANK, alpha=ALPHA, target_modules="all-linear", task_type=task)
 
     @property
     def our_targets(self) -> Any:
