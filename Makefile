@@ -28,7 +28,7 @@ oracle:
 # The family matrix alone, which writes what it measured to docs/families.md.
 families-table:
 	PYTHONPATH=tests/oracle:$(CURDIR) $(PYTHON) -m pytest -p families_table \
-		-m "oracle or not reliability" tests/oracle/test_family_matrix.py
+		-m "oracle or not reliability" tests/oracle/test_families.py
 
 # Kill, damage and resume trials, many of each.
 reliability:

@@ -18,6 +18,9 @@ from jaxlora.models.families import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 DATA, PAGE = ROOT / "docs" / "families.json", ROOT / "docs" / "families.md"
+# Classifiers share everything but the head with the family they are of.
+CLASSIFIERS = tuple(family for family in FAMILIES if "SequenceClassification" in family)
+ROWS = tuple(family for family in FAMILIES if family not in CLASSIFIERS)
 COLUMNS = ("logits", "generation", "LoRA gradients", "PEFT round trip", "merge", "nf4", "int4")
 _PACKAGES = ("jax", "torch", "transformers", "peft")
 _INTRODUCTION = """\
@@ -42,6 +45,9 @@ configuration.
 `-`: does not apply. `FAILED` and `not run` mean what they say. A row that was measured in another
 session than the rest has its own date and commit.
 """
+_CLASSIFIERS = """\
+Sequence classifiers have logits and gradients of their own in tests/oracle/test_classifiers.py and
+are no rows of this table:"""
 
 
 class Table:
@@ -68,10 +74,10 @@ class Table:
 
     def pytest_sessionfinish(self) -> None:
         kept = json.loads(DATA.read_text(encoding="utf-8")) if DATA.is_file() else {}
-        rows = {family: kept[family] for family in FAMILIES if family in kept}
+        rows = {family: kept[family] for family in ROWS if family in kept}
         ran = {family: cells for family, cells in self.cells.items() if self._whole(family)}
         rows |= {family: {**_session(), "cells": _worst(ran[family])} for family in ran}
-        rows = {family: rows[family] for family in FAMILIES if family in rows}
+        rows = {family: rows[family] for family in ROWS if family in rows}
         DATA.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         PAGE.write_text(page(rows), encoding="utf-8")
 
@@ -107,7 +113,7 @@ def page(rows: dict[str, Any]) -> str:
     """Returns the page of these rows, one for every family."""
     header = ["family", *COLUMNS, "cases", "measured", "released models"]
     lines = [_INTRODUCTION, _line(header), _line(["---"] * len(header))]
-    for family in FAMILIES:
+    for family in ROWS:
         row = rows.get(family)
         cells = ["not run"] * len(COLUMNS)
         measured = ""
@@ -117,6 +123,8 @@ def page(rows: dict[str, Any]) -> str:
         cases = sum(case.family == family for case in CASES.values())
         models = ", ".join(RELEASED.get(family, ()))
         lines.append(_line([family, *cells, str(cases), measured, models]))
+    lines.append(f"\n{_CLASSIFIERS}\n")
+    lines += [f"- {family}" for family in CLASSIFIERS]
     versions = sorted({json.dumps(row["versions"]) for row in rows.values()})
     for each in versions:
         named = ", ".join(f"{name} {version}" for name, version in json.loads(each).items())

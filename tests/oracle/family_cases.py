@@ -384,8 +384,10 @@ def _classifier(case: Case, labels: int, **fields: Any) -> Case:
     return Case(family, case.config, {**case.fields, "num_labels": labels, **fields})
 
 
-# One case of every family that transformers has a classifier of.
-_NO_CLASSIFIER = ("GraniteForCausalLM", "CohereForCausalLM")
+# One case of every family that has a classifier here.
+_NO_CLASSIFIER = tuple(
+    f"{name}ForCausalLM" for name in ("Granite", "Cohere", "Cohere2", "Olmo3", "SeedOss")
+)
 CLASSIFIERS: dict[str, Case] = {
     f"{name}, labels": _classifier(case, 5)
     for name, case in {case.family: (name, case) for name, case in CASES.items()}.values()

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxlora.checkpoints.load import QuantSpec, load_params
 from jaxlora.checkpoints.peft import load_adapter, save_adapter
+from jaxlora.checkpoints.peft_base import has_fan_in
 from jaxlora.checkpoints.save import save_model
 from jaxlora.lora import LoraConfig, apply, match
 from jaxlora.models.parameters import describe
@@ -78,8 +79,15 @@ class Subject:
     def exported(self) -> Path:
         """Returns the folder of the adapter as we write it."""
         folder, (adapter, _) = self.folder.parent / "our-adapter", self.loaded
-        name = str(self.folder)
-        save_adapter(folder, adapter, self.our_targets, self.our_config, base_name=name)
+        targets = self.our_targets
+        save_adapter(
+            folder,
+            adapter,
+            targets,
+            self.our_config,
+            base_name=str(self.folder),
+            fan_in_fan_out=has_fan_in(self.specs, targets),
+        )
         return folder
 
     def saved(self, params: Any, name: str) -> Path:
