@@ -13,8 +13,9 @@ from jaxlora.checkpoints.load import QuantSpec, load_params
 from jaxlora.checkpoints.peft import load_adapter, save_adapter
 from jaxlora.checkpoints.peft_base import has_fan_in
 from jaxlora.checkpoints.save import save_model
-from jaxlora.lora import LoraConfig, apply, match
+from jaxlora.lora import LoraConfig, apply
 from jaxlora.models.parameters import describe
+from jaxlora.models.targets import targets_of_specs
 from jaxlora.models.transformer import Transformer, bind, empty_cache
 from jaxlora.ops.loss import chunked_cross_entropy
 
@@ -66,15 +67,23 @@ class Subject:
     def our_config(self) -> LoraConfig:
         # PEFT's wrapper of that task wants a model that can generate.
         task = "CAUSAL_LM" if self.cfg.causal else None
-        return LoraConfig(r=RANK, alpha=ALPHA, target_modules="all-linear", task_type=task)
+        # PEFT takes fused experts for linear too: it writes them down as parameters, with a rank
+        # and an alpha of their own where two matrices are fused.
+        theirs = self.peft.peft_config["default"]
+        return LoraConfig(
+            r=RANK,
+            alpha=ALPHA,
+            target_modules="all-linear",
+            target_parameters=tuple(sorted(theirs.target_parameters or ())),
+            rank_pattern=dict(theirs.rank_pattern or {}),
+            alpha_pattern=dict(theirs.alpha_pattern or {}),
+            task_type=task,
+        )
 
     @property
     def our_targets(self) -> Any:
         """The targets that our own rules find."""
-        linear = {path: spec for path, spec in self.specs.items() if spec.kind == "linear"}
-        modules = {path: spec.modules() for path, spec in linear.items()}
-        stacked = [path for path, spec in linear.items() if spec.layers is not None]
-        return match(modules, self.our_config, stacked)
+        return targets_of_specs(self.specs, self.our_config)
 
     def exported(self) -> Path:
         """Returns the folder of the adapter as we write it."""
