@@ -100,9 +100,8 @@ class Reader:
 
     def _tensor(self, name: str, spec: ParamSpec, plain: bool) -> Any:
         if self.storage is not None and self.storage.holds(name, self.files.info):
-            out_dim, in_dim = spec.tensor_shape
             assert isinstance(self.files, TensorFiles), "views are of plain weights"
-            leaf = self.storage.load(self.files, name, (in_dim, out_dim))
+            leaf = self.storage.load(self.files, name, spec.matrix_shape)
             return np.asarray(_dequantize(leaf, self.dtype)) if plain else leaf
         tensor = self.files.read(name)
         return np.swapaxes(tensor, -1, -2) if spec.transposed else tensor

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxlora.checkpoints import bitsandbytes_files, packed_files
+from jaxlora.checkpoints import bitsandbytes_files, mxfp4_files, packed_files
 from jaxlora.checkpoints.storage import Storage
 from jaxlora.core.errors import UserError
 
@@ -116,4 +116,5 @@ _METHODS = {
     "gptq": _gptq,
     "awq": _awq,
     "compressed-tensors": _compressed_tensors,
+    "mxfp4": lambda given: mxfp4_files.MXFP4,
 }

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jaxlora.checkpoints.storage import Storage
+from jaxlora.checkpoints.storage import Shape, Storage
 from jaxlora.checkpoints.tensor_view import Tensors
 from jaxlora.checkpoints.tensors import FLOAT_DTYPES
 from jaxlora.core.errors import UserError
@@ -70,15 +70,15 @@ def find_sources(
     return sources
 
 
-def _matrix_shape(spec: ParamSpec, name: str, files: Tensors, storage: Storage) -> tuple[int, int]:
-    shape = spec.tensor_shape
-    if spec.kind not in _QUANTIZED or not spec.transposed or len(shape) != 2:
+def _matrix_shape(spec: ParamSpec, name: str, files: Tensors, storage: Storage) -> Shape:
+    shape = spec.matrix_shape
+    if spec.kind not in _QUANTIZED or len(shape) != storage.axes:
         file = files.info[storage.marker_of(name)].file
         raise UserError(
-            f"{file}: {name} is quantized ({storage.name}), which is supported for [out, in] "
-            f"matrices of linear layers, not for this {spec.kind}; use the unquantized model."
+            f"{file}: {name} is quantized ({storage.name}), which is not supported "
+            f"for this parameter ({spec.kind} of {len(shape)} axes); use the unquantized model."
         )
-    return shape[1], shape[0]
+    return shape
 
 
 def _beyond(specs: Mapping[str, ParamSpec], cfg: ModelConfig) -> tuple[str, ...]:

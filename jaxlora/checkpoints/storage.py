@@ -9,7 +9,7 @@ from jaxlora.checkpoints.tensors import TensorFiles, TensorInfo
 from jaxlora.core.errors import UserError
 from jaxlora.ops.arrays import QuantizedArray
 
-Shape = tuple[int, int]
+Shape = tuple[int, ...]
 Tensors = Mapping[str, Any]  # None for an absent part
 
 
@@ -40,6 +40,7 @@ class Storage:
       marker: the tensor that tells a quantized weight from a plain one, ``{}`` being its module.
       parts: ``(in, out) -> {tensor name with {} for the module: Part}``.
       read: from the tensors by those names (None if absent) and ``(in, out)`` to a host leaf.
+      axes: of the weights that are stored so: 2, or 3 for all experts of a layer in one.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Storage:
     marker: str
     parts: Callable[[Shape], dict[str, Part]]
     read: Callable[[Tensors, Shape], QuantizedArray]
+    axes: int = 2
 
     def holds(self, weight: str, info: Mapping[str, TensorInfo]) -> bool:
         """Whether the tensor name `weight` stands for a quantized matrix in these files."""
@@ -78,7 +80,7 @@ class Storage:
         return found
 
     def load(self, files: TensorFiles, weight: str, shape: Shape) -> QuantizedArray:
-        """Reads one quantized matrix ``(in, out)``.
+        """Reads one quantized matrix ``(in, out)``, or one for each expert.
 
         Raises:
           UserError: damaged files, or contents that contradict each other, named.

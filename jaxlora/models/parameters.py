@@ -63,6 +63,12 @@ class ParamSpec:
         shape = (*shape[:-1], shape[-1] // len(self.hf_names))
         return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
 
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """Shape ``[..., in, out]`` of each of the checkpoint's tensors, as we hold it."""
+        shape = self.tensor_shape
+        return (*shape[:-2], shape[-1], shape[-2]) if self.transposed else shape
+
     def sources(self) -> dict[tuple[int, ...], tuple[str, ...]]:
         """Returns ``{index into the full array: tensor names side by side there}``.
 
