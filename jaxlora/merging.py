@@ -1,7 +1,6 @@
 """`merge`: base + adapter as one model that anything reading Hugging Face folders can load."""
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora import lora
+from jaxlora.checkpoints.adapter import LoadedAdapter, read_adapter
 from jaxlora.checkpoints.fingerprint import base_fingerprint
+from jaxlora.checkpoints.fitted import load_base, written_config
 from jaxlora.checkpoints.gguf_files import gguf_file, open_weights
 from jaxlora.checkpoints.gguf_write import check_target, save_gguf
-from jaxlora.checkpoints.load import QuantSpec, load_params, read_model_config, storage_of
-from jaxlora.checkpoints.peft import load_adapter, trained_storage
+from jaxlora.checkpoints.load import QuantSpec, read_model_config, storage_of
+from jaxlora.checkpoints.peft import trained_storage
 from jaxlora.checkpoints.save import save_model
 from jaxlora.checkpoints.tensors import FLOAT_DTYPES
 from jaxlora.core.errors import UserError
@@ -22,8 +22,6 @@ from jaxlora.core.tree import Tree, flatten, unflatten
 from jaxlora.data.tokenizer import load_tokenizer
 from jaxlora.generation.model import locate
 from jaxlora.generation.probe import probe_logits
-from jaxlora.lora import Target
-from jaxlora.lora.transform import Adapter
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import ParamSpec, describe
 from jaxlora.ops.matmul import materialize
@@ -112,20 +110,23 @@ def merge(
     if gguf is not None:
         check_target(Path(output), parts.cfg, tokenizer)
     own = _stored_dtype(parts.base)
-    params = load_params(
-        parts.base,
-        parts.cfg,
-        dtype=jnp.dtype(own),
-        quantization=quantization,
-        place=lambda path, leaf: leaf,
+    params = parts.load(
+        dtype=jnp.dtype(own), quantization=quantization, place=lambda path, leaf: leaf
     )
-    params = lora.apply(params, parts.adapter, parts.targets)
     output, cfg = Path(output), parts.cfg
     if gguf is not None:
         name = parts.base.stem if parts.folder is None else parts.folder.name
         save_gguf(params, cfg, output, kind=gguf, tokenizer=tokenizer, name=name)
         return output
-    save_model(params, cfg, output, source_folder=parts.base, dtype=jnp.dtype(dtype or own))
+    save_model(
+        params,
+        cfg,
+        output,
+        source_folder=parts.base,
+        tokenizer_folder=_beside(parts),
+        config=written_config(parts.raw, parts.stored, cfg),
+        dtype=jnp.dtype(dtype or own),
+    )
     if tokenizer is not None:
         tokenizer.save_pretrained(str(output))
     return output
@@ -160,13 +161,12 @@ def merge_differences(
         return None
     own = jnp.dtype(_stored_dtype(parts.base))
     rounded = jnp.dtype(dtype or own)
-    load = functools.partial(load_params, parts.base, parts.cfg, dtype=own)
-    params = lora.apply(load(quantization=storage), parts.adapter, parts.targets)
+    specs = describe(parts.cfg)
+    params = parts.load(dtype=own, quantization=storage)
     trained = probe_logits(parts.cfg, params)
-    simulated = probe_logits(parts.cfg, _folded(params, parts.specs, rounded))
+    simulated = probe_logits(parts.cfg, _folded(params, specs, rounded))
     del params
-    params = lora.apply(load(), parts.adapter, parts.targets)
-    plain = probe_logits(parts.cfg, _folded(params, parts.specs, rounded))
+    plain = probe_logits(parts.cfg, _folded(parts.load(dtype=own), specs, rounded))
     return MergeDifferences(
         storage, _difference(plain, trained), _difference(simulated, trained), float(trained.std())
     )
@@ -176,22 +176,28 @@ def merge_differences(
 class _Parts:
     base: Path
     folder: Path | None
-    cfg: ModelConfig
-    specs: dict[str, ParamSpec]
-    adapter: Adapter
-    targets: dict[str, Target]
+    stored: ModelConfig
+    raw: dict[str, Any]
+    adapter: LoadedAdapter | None
+
+    @property
+    def cfg(self) -> ModelConfig:
+        return self.stored if self.adapter is None else self.adapter.cfg
+
+    def load(self, **options: Any) -> Tree:
+        """Base weights with the adapter in place."""
+        trained = {} if self.adapter is None else self.adapter.parts
+        params = load_base(self.base, self.stored, self.cfg, trained=trained, **options)
+        return params if self.adapter is None else self.adapter.on(params)
 
 
 def _open(model: str | Path, adapter: str | Path | None, revision: str | None) -> _Parts:
     base, folder = locate(model, adapter, revision)
-    cfg, _ = read_model_config(base)
-    specs = describe(cfg)
+    stored, raw = read_model_config(base)
     if folder is None:
-        return _Parts(base, None, cfg, specs, {}, {})
-    arrays, targets, _ = load_adapter(
-        folder, specs, fingerprint=base_fingerprint(base), head_dim=cfg.head_dim
-    )
-    return _Parts(base, folder, cfg, specs, arrays, targets)
+        return _Parts(base, None, stored, raw, None)
+    made = read_adapter(folder, stored, fingerprint=base_fingerprint(base))
+    return _Parts(base, folder, stored, raw, made)
 
 
 def _storage(parts: _Parts, quantization: Storage) -> QuantSpec | None:
@@ -208,9 +214,13 @@ def _storage(parts: _Parts, quantization: Storage) -> QuantSpec | None:
 
 
 def _tokenizer(parts: _Parts) -> Any:
+    return load_tokenizer(_beside(parts) or parts.base)
+
+
+def _beside(parts: _Parts) -> Path | None:
     # A run saves the tokenizer beside its adapter, with the chat template it trained with.
-    beside = parts.folder if parts.folder and (parts.folder / "tokenizer.json").is_file() else None
-    return load_tokenizer(beside or parts.base)
+    folder = parts.folder
+    return folder if folder is not None and (folder / "tokenizer.json").is_file() else None
 
 
 def _folded(params: Tree, specs: dict[str, ParamSpec], dtype: np.dtype) -> Tree:

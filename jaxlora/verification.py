@@ -7,20 +7,19 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora import lora
+from jaxlora.checkpoints.adapter import read_adapter
 from jaxlora.checkpoints.adapter_files import open_adapter
 from jaxlora.checkpoints.fingerprint import base_fingerprint
+from jaxlora.checkpoints.fitted import load_base
 from jaxlora.checkpoints.gguf_files import gguf_file
 from jaxlora.checkpoints.json_files import read_json_object
-from jaxlora.checkpoints.load import load_params, read_model_config, storage_of
-from jaxlora.checkpoints.peft import load_adapter
+from jaxlora.checkpoints.load import read_model_config, storage_of
 from jaxlora.checkpoints.peft_config import CONFIG_FILE
 from jaxlora.checkpoints.tensors import TensorFiles
 from jaxlora.core.errors import UserError
 from jaxlora.generation.model import locate
 from jaxlora.generation.probe import probe_logits, probe_tokens
 from jaxlora.models.config import ModelConfig
-from jaxlora.models.parameters import describe
 from jaxlora.models.task import task_of
 from jaxlora.ops.arrays import CODED
 
@@ -92,15 +91,12 @@ def verify(
             f"{base}: is quantized ({storage.name}), and PEFT has no exact arithmetic for such "
             "weights on a CPU to compare with; verify needs a plain base, or one in nf4 or fp4."
         )
-    cfg, _ = read_model_config(base)
-    specs = describe(cfg)
-    arrays, targets, _ = load_adapter(
-        folder, specs, fingerprint=base_fingerprint(base), head_dim=cfg.head_dim
-    )
-    params = load_params(base, cfg, dtype=jnp.float32)
-    plain = probe_logits(cfg, params)
-    adapted = probe_logits(cfg, lora.apply(params, arrays, targets))
-    reference, missing, extra = _peft_logits(base, folder, cfg)
+    stored, _ = read_model_config(base)
+    made = read_adapter(folder, stored, fingerprint=base_fingerprint(base))
+    params = load_base(base, stored, made.cfg, dtype=jnp.float32, trained=made.parts)
+    plain = probe_logits(made.cfg, params)
+    adapted = probe_logits(made.cfg, made.on(params))
+    reference, missing, extra = _peft_logits(base, folder, made.cfg)
     return Verdict(
         float(np.abs(adapted - reference).max()),
         float(reference.std()),
@@ -121,6 +117,8 @@ def _peft_logits(
     hf: Any = getattr(transformers, task_of(cfg).auto_class).from_pretrained(
         base, dtype=torch.float32, trust_remote_code=False, local_files_only=True
     )
+    if hf.get_input_embeddings().weight.shape[0] != cfg.vocab_size:  # the adapter has the new rows
+        hf.resize_token_embeddings(cfg.vocab_size, mean_resizing=False)
     known = LoraConfig().to_dict().keys()
     written = read_json_object(folder / CONFIG_FILE, "expected an adapter folder")
     config = LoraConfig(**{key: value for key, value in written.items() if key in known})

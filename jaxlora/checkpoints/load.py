@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,7 @@ def load_params(
     place: Callable[[str, Any], Any] = to_device,
     split: Split | None = None,
     progress: Callable[[int, int], None] | None = None,
+    trained: Collection[str] = (),
 ) -> Tree:
     """Returns the parameter tree of a model folder.
 
@@ -96,6 +97,7 @@ def load_params(
       split: given path, layer, linear matrix and what stores a matrix, returns the layer's leaf:
         how an adapter is taken out of the base on the way (`jaxlora.lora.Splitter`).
       progress: called with elements read so far and in all, after every tensor.
+      trained: paths of leaves that are read in float32 and never quantized.
 
     Raises:
       UserError: missing, leftover or misshapen tensors (found before any is read), damaged files,
@@ -108,17 +110,19 @@ def load_params(
             "base, as PiSSA, OLoRA and LoftQ do, needs the unquantized model."
         )
     reader = Reader(files, jnp.dtype(dtype), _settled(quantization, storage, folder), storage)
+    plain = Reader(files, jnp.dtype(jnp.float32), None, storage)
     sources = find_sources(files, specs, cfg, storage)
     total, done = sum(spec.size for spec in specs.values()), 0
     leaves = {}
     for path, spec in sorted(specs.items(), key=lambda item: -reader.size(item[1])):
-        leaf, mixed = None, _is_mixed(path, sources[path], storage, files)
+        own, leaf = plain if path in trained else reader, None
+        whole = path in trained or _is_mixed(path, sources[path], storage, files)
         for at, names in sources[path].items():
-            part = reader.matrix(names, spec, plain=mixed, split=_bound(split, path, at))
+            part = own.matrix(names, spec, plain=whole, split=_bound(split, path, at))
             if leaf is None:
                 # Buffers keep their precision, as in transformers.
-                plain = jnp.dtype(jnp.float32 if spec.kind == "buffer" else dtype)
-                leaf = empty(part, spec.full_shape[: len(at)], plain)
+                wanted = jnp.dtype(jnp.float32) if spec.kind == "buffer" else own.dtype
+                leaf = empty(part, spec.full_shape[: len(at)], wanted)
             put(leaf, at, part, f"{files.folder}: {names[0]}")
             part = None  # or a large table would be there twice while it is placed
             done += spec.size // len(sources[path])

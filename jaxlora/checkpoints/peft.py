@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from jaxlora.checkpoints.write import write_tensors
 from jaxlora.core.errors import UserError
 from jaxlora.lora.biases import with_biases
 from jaxlora.lora.config import LoraConfig
-from jaxlora.lora.targets import ALL_LINEAR, Target
+from jaxlora.lora.targets import Target
 from jaxlora.lora.transform import Adapter
 from jaxlora.models.parameters import ParamSpec
 from jaxlora.models.targets import adaptable_modules, adaptable_parameters, targets_of_specs
@@ -33,7 +33,7 @@ _STORAGE = "jaxlora_base_storage"
 # Tensors of PEFT features that jaxlora does not have, and their names.
 _UNSUPPORTED = {
     "lora_embedding_": "an adapter on an embedding",
-    ".base_layer.": "weights of the base (bias: all or lora_only, or a resized embedding)",
+    ".base_layer.": "weights of the base (bias: all or lora_only)",
     "token_adapter": "trainable_token_indices",
     "lora_": "an adapter",
 }
@@ -50,6 +50,7 @@ def save_adapter(
     fingerprint: str | None = None,
     storage: QuantSpec | None = None,
     fan_in_fan_out: bool = False,
+    beside: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Writes adapter_config.json and adapter_model.safetensors (float32), both whole or not at all.
 
@@ -63,6 +64,7 @@ def save_adapter(
       fingerprint: `base_fingerprint` of the base; `load_adapter` refuses other bases by it.
       storage: how the base was quantized in training; `trained_storage` reads it.
       fan_in_fan_out: whether the base's own layers hold ``[in, out]`` (GPT-2), for PEFT.
+      beside: tensors beside the low-rank pairs, by PEFT's key (`jaxlora.checkpoints.whole`).
 
     Raises:
       UserError: a value is not finite, or the folder cannot be written.
@@ -71,7 +73,7 @@ def save_adapter(
     tensors = {
         key: to_peft(leaves[path][part], targets[path], layer, part)
         for path, part, layer, key in entries(targets)
-    }
+    } | dict(beside or {})
     for key, values in tensors.items():
         if not np.isfinite(values).all():
             raise UserError(
@@ -123,6 +125,7 @@ def load_adapter(
     *,
     fingerprint: str | None = None,
     head_dim: int | None = None,
+    beside: Collection[str] = (),
 ) -> tuple[Adapter, dict[str, Target], LoraConfig]:
     """Returns ``(adapter, targets, config)`` of an adapter made by PEFT, us, mlx-lm or torchtune.
 
@@ -132,6 +135,7 @@ def load_adapter(
       fingerprint: `base_fingerprint` of the base. An adapter that records another one is refused;
         adapters from elsewhere record none.
       head_dim: size of the base's attention heads; torchtune's own layout needs it.
+      beside: keys of the tensors that belong to something else than low-rank pairs.
 
     Raises:
       UserError: missing, extra or misshapen tensors, another base, an unsupported feature.
@@ -147,7 +151,7 @@ def load_adapter(
         )
     _refuse_single_experts(opened.file, files)
     targets = _match(folder, files, specs, config)
-    _check(opened.file, files, specs, targets)
+    _check(opened.file, files, specs, targets, beside)
     adapter = {}
     for path, part, layer, key in entries(targets):
         target = targets[path]
@@ -171,16 +175,13 @@ def _refuse_single_experts(where: Path, files: Tensors) -> None:
 def _match(
     folder: Path, files: Tensors, specs: Mapping[str, ParamSpec], config: LoraConfig
 ) -> dict[str, Target]:
-    head = config.target_modules != ALL_LINEAR
     modules, parameters = (
         [name for names in each.values() for name in names]
-        for each in (adaptable_modules(specs, head=head), adaptable_parameters(specs))
+        for each in (adaptable_modules(specs), adaptable_parameters(specs))
     )
     in_file = [key.partition(".lora_")[0].removeprefix(PREFIX) for key in files.info]
     try:
-        targets = targets_of_specs(
-            specs, _relevant(config, modules, parameters, in_file), head=head
-        )
+        targets = targets_of_specs(specs, _relevant(config, modules, parameters, in_file))
         stacked = [path for path, spec in specs.items() if spec.layers is not None]
         return with_biases(targets, bias_modules(specs), config.train_bias, stacked)
     except (UserError, re.error) as error:
@@ -236,7 +237,11 @@ def _zeros(spec: ParamSpec, target: Target) -> dict[str, np.ndarray]:
 
 
 def _check(
-    where: Path, files: Tensors, specs: Mapping[str, ParamSpec], targets: Mapping[str, Target]
+    where: Path,
+    files: Tensors,
+    specs: Mapping[str, ParamSpec],
+    targets: Mapping[str, Target],
+    beside: Collection[str],
 ) -> None:
     """Compares names and shapes before anything is read; PEFT itself would only warn."""
     expected = {}
@@ -244,7 +249,7 @@ def _check(
         *lead, in_dim, out_dim = (1, *specs[path].shape)
         rank = targets[path].ranks[layer] * math.prod(lead)
         expected[key] = {"a": (rank, in_dim), "b": (out_dim, rank)}.get(part, (out_dim,))
-    extra = [key for key in files.info if key not in expected]
+    extra = [key for key in files.info if key not in expected and key not in beside]
     if extra:
         named = [text for sign, text in _UNSUPPORTED.items() if sign in extra[0]]
         what = named[0] if named else "weights of whole modules (modules_to_save)"

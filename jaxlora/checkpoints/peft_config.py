@@ -11,6 +11,8 @@ from jaxlora.core.errors import UserError
 from jaxlora.lora.config import LoraConfig
 from jaxlora.lora.targets import Target
 
+Tokens = tuple[int, ...] | Mapping[str, tuple[int, ...]]
+
 CONFIG_FILE = "adapter_config.json"
 
 # What every PEFT since 0.10 and vLLM know. `init_lora_weights` is true because readers that find a
@@ -25,7 +27,6 @@ _CONSTANT: dict[str, Any] = {
     "loftq_config": {},
     "megatron_config": None,
     "megatron_core": "megatron.core",
-    "modules_to_save": None,
     "peft_type": "LORA",
 }
 # Keys we read, and keys that say nothing about what the adapter computes.
@@ -34,6 +35,7 @@ _READ = frozenset(
     r lora_alpha lora_dropout target_modules target_parameters exclude_modules
     layers_to_transform layers_pattern
     rank_pattern alpha_pattern use_rslora use_dora lora_bias init_lora_weights peft_type bias
+    modules_to_save trainable_token_indices
     """.split()
 )
 _IGNORED = frozenset(
@@ -65,6 +67,7 @@ def write_config(
         "fan_in_fan_out": fan_in_fan_out,
         "lora_alpha": _whole(config.alpha),
         "lora_dropout": config.dropout,
+        "modules_to_save": list(config.modules_to_save) or None,
         "r": config.r,
         "revision": revision,
         "task_type": config.task_type,
@@ -75,7 +78,16 @@ def write_config(
         del content["target_parameters"]
     if config.lora_bias:  # a key that older readers do not know
         content["lora_bias"] = True
+    if config.trainable_token_indices:
+        content["trainable_token_indices"] = _sorted_tokens(config.trainable_token_indices)
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _sorted_tokens(tokens: Tokens) -> dict[str, list[int]] | list[int]:
+    # The rows are kept in this order.
+    if isinstance(tokens, Mapping):
+        return {name: sorted(ids) for name, ids in tokens.items()}
+    return sorted(tokens)
 
 
 def _patterns(targets: Mapping[str, Target], config: LoraConfig) -> dict[str, Any]:
@@ -171,6 +183,8 @@ def _translate(content: Mapping[str, Any]) -> LoraConfig:
         layers_pattern=_names(content.get("layers_pattern")),
         rank_pattern={str(k): int(v) for k, v in (content.get("rank_pattern") or {}).items()},
         alpha_pattern={str(k): float(v) for k, v in (content.get("alpha_pattern") or {}).items()},
+        modules_to_save=tuple(sorted(set(_names(content.get("modules_to_save"))))),
+        trainable_token_indices=_tokens(content.get("trainable_token_indices")),
         use_rslora=bool(content.get("use_rslora")),
         use_dora=bool(content.get("use_dora")),
         lora_bias=bool(content.get("lora_bias")),
@@ -181,6 +195,12 @@ def _translate(content: Mapping[str, Any]) -> LoraConfig:
 
 def _names(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) and value else tuple(value or ())
+
+
+def _tokens(value: Any) -> Tokens:
+    if isinstance(value, Mapping):
+        return {str(name): tuple(int(token) for token in ids) for name, ids in value.items()}
+    return tuple(int(token) for token in value or ())
 
 
 def _rule(value: Any) -> tuple[str, ...] | str:

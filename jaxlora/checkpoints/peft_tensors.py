@@ -13,6 +13,7 @@ _SUFFIXES = {
     "magnitude": ".lora_magnitude_vector",
     "bias": ".lora_B.bias",
 }
+_TABLE_SUFFIXES = _SUFFIXES | {"a": ".lora_embedding_A", "b": ".lora_embedding_B"}
 
 
 def entries(targets: Mapping[str, Target]) -> Iterator[tuple[str, str, int, str]]:
@@ -27,8 +28,9 @@ def entries(targets: Mapping[str, Target]) -> Iterator[tuple[str, str, int, str]
                     yield path, "value", layer, f"{PREFIX}{module}{suffix}"
             continue
         present = {"a": True, "b": True, "magnitude": target.dora, "bias": target.bias}
+        suffixes = _TABLE_SUFFIXES if target.embedding else _SUFFIXES
         for layer, rank in enumerate(target.ranks):
-            for part, suffix in _SUFFIXES.items():
+            for part, suffix in suffixes.items():
                 if rank and present[part]:
                     yield path, part, layer, f"{PREFIX}{_wrapped(target, layer)}{suffix}"
 

@@ -45,6 +45,7 @@ def save_model(
     folder: Path,
     *,
     source_folder: Path | None = None,
+    tokenizer_folder: Path | None = None,
     config: Mapping[str, Any] | None = None,
     dtype: DTypeLike = jnp.float32,
     max_shard_bytes: float = 5e9,
@@ -58,6 +59,7 @@ def save_model(
       folder: where to; appears whole or not at all.
       source_folder: config.json, generation_config.json and tokenizer are copied from here; of a
         GGUF file only what says what the model is.
+      tokenizer_folder: the tokenizer is copied from here instead.
       config: content of config.json if `source_folder` has none, or not the right one.
       dtype: float32, float16 or bfloat16.
       max_shard_bytes: weights beyond this are split into several files with an index.
@@ -73,7 +75,7 @@ def save_model(
     tensors = saved_tensors(params, cfg)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     with staged(folder) as stage:
-        _write_config(stage, source_folder, config, dtype)
+        _write_config(stage, source_folder, tokenizer_folder, config, dtype)
         shards = list(_shards(shapes, dtype.itemsize, max_shard_bytes))
         files = _file_names(len(shards))
         for file, shard in zip(files, shards, strict=True):
@@ -183,12 +185,16 @@ def _index(files: list[str], shards: list[dict], dtype: np.dtype) -> dict[str, A
 
 
 def _write_config(
-    stage: Path, source: Path | None, config: Mapping[str, Any] | None, dtype: np.dtype
+    stage: Path,
+    source: Path | None,
+    tokenizer: Path | None,
+    config: Mapping[str, Any] | None,
+    dtype: np.dtype,
 ) -> None:
-    if source is not None:
-        for name in (*_TOKENIZER_FILES, "generation_config.json"):
-            if (Path(source) / name).is_file():
-                shutil.copyfile(Path(source) / name, stage / name)
+    copied = [(tokenizer or source, _TOKENIZER_FILES), (source, ("generation_config.json",))]
+    for folder, name in ((folder, name) for folder, names in copied for name in names):
+        if folder is not None and (Path(folder) / name).is_file():
+            shutil.copyfile(Path(folder) / name, stage / name)
     if config is None:
         assert source is not None, "one of source_folder and config must say what the model is"
         file = gguf_file(source)

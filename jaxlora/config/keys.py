@@ -82,8 +82,7 @@ _REFUSED = {
     "not available; sample_packing wastes less": "group_by_length curriculum_sampling",
     "not available; the vocabulary stays as it is": """tokens added_tokens_overrides
         fix_untrained_tokens""",
-    "not available; use adapter or train every weight": """unfrozen_parameters
-        lora_modules_to_save""",
+    "not available; use adapter or train every weight": "unfrozen_parameters",
     "not available; learning_rate holds for every weight": """lr_groups embedding_lr
         embedding_lr_scale""",
     "not available; leave it out": """s2_attention neftune_noise_alpha relora jagged_restart_steps

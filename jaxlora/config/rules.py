@@ -118,6 +118,9 @@ def _adapter(config: Config) -> Iterator[Problem]:
     if config.adapter is None:
         if config.lora_model_dir is not None:
             yield Problem(("lora_model_dir",), "it needs adapter: lora or qlora", ("adapter",))
+        if config.lora_modules_to_save:
+            text = "without an adapter every weight trains; set adapter: lora or qlora"
+            yield Problem(("lora_modules_to_save",), text, ("adapter",))
         return
     for key, common in (("lora_r", 16), ("lora_alpha", 32)):
         if getattr(config, key) is None:

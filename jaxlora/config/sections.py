@@ -76,6 +76,9 @@ class AdapterKeys(Section):
     """Rank by regular expression for the end of a layer's full name; the first match wins."""
     lora_alpha_pattern: dict[str, Positive] = Field(default_factory=dict)
     """Alpha by the same."""
+    lora_modules_to_save: tuple[Text, ...] = ()
+    """Modules that train whole beside the adapter, by the end of their full names: embed_tokens,
+    lm_head, norm and the like. They are saved with it, as PEFT's modules_to_save."""
     lora_model_dir: Text | None = None
     """Folder of an adapter to start from."""
     peft_use_rslora: Flag = False

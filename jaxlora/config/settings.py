@@ -26,6 +26,7 @@ def lora_config(config: Config) -> LoraConfig | None:
         alpha_pattern=config.lora_alpha_pattern,
         layers_to_transform=(layers,) if isinstance(layers, int) else layers or (),
         layers_pattern=(pattern,) if isinstance(pattern, str) else pattern or (),
+        modules_to_save=tuple(sorted(set(config.lora_modules_to_save))),
         use_rslora=config.peft_use_rslora,
         use_dora=config.peft_use_dora,
         lora_bias=config.peft_lora_bias,

@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 
-from jaxlora import lora
 from jaxlora.checkpoints import hub
+from jaxlora.checkpoints.adapter import read_adapter
 from jaxlora.checkpoints.adapter_files import base_name
 from jaxlora.checkpoints.fingerprint import base_fingerprint
+from jaxlora.checkpoints.fitted import load_base
 from jaxlora.checkpoints.json_files import read_json_object
-from jaxlora.checkpoints.load import QuantSpec, load_params, read_model_config
-from jaxlora.checkpoints.peft import load_adapter, trained_storage
+from jaxlora.checkpoints.load import QuantSpec, read_model_config
+from jaxlora.checkpoints.peft import trained_storage
 from jaxlora.checkpoints.peft_config import CONFIG_FILE
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree
@@ -24,7 +25,6 @@ from jaxlora.generation.chat import Read, Session, Write, chat
 from jaxlora.generation.decoding import generate
 from jaxlora.generation.sampling import SamplingOptions
 from jaxlora.generation.text import answer_text, end_ids
-from jaxlora.models.parameters import describe
 from jaxlora.models.task import NEXT_TOKEN, task_of
 from jaxlora.models.transformer import Transformer
 
@@ -131,10 +131,10 @@ def load(
       UserError: anything missing, damaged or unfitting.
     """
     base, adapter_folder = locate(model, adapter, revision)
-    cfg, _ = read_model_config(base)
-    if task_of(cfg) != NEXT_TOKEN:
+    stored, _ = read_model_config(base)
+    if task_of(stored) != NEXT_TOKEN:
         raise UserError(
-            f"{base}: {cfg.family} does not write text (it is for {task_of(cfg).pipeline}); "
+            f"{base}: {stored.family} does not write text (it is for {task_of(stored).pipeline}); "
             "score it with jaxlora evaluate."
         )
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
@@ -142,15 +142,21 @@ def load(
     if adapter_folder is not None and quantization is None:
         quantization = trained_storage(adapter_folder)
     if adapter_folder is not None:  # read first: it is small, and refuses a wrong base early
-        made = load_adapter(
-            adapter_folder, describe(cfg), fingerprint=base_fingerprint(base), head_dim=cfg.head_dim
-        )
+        made = read_adapter(adapter_folder, stored, fingerprint=base_fingerprint(base))
     # A run saves the tokenizer beside its adapter, with the chat template it trained with.
     beside = adapter_folder or base
     tokenizer = load_tokenizer(beside if (beside / "tokenizer.json").is_file() else base)
-    params = load_params(base, cfg, dtype=dtype, quantization=quantization)
+    cfg = stored if made is None else made.cfg
+    params = load_base(
+        base,
+        stored,
+        cfg,
+        dtype=dtype,
+        quantization=quantization,
+        trained=made.parts if made else (),
+    )
     if made is not None:
-        params = lora.apply(params, made[0], made[1])
+        params = made.on(params, dtype)
     template = template_of(tokenizer) if tokenizer.chat_template else None
     return LanguageModel(Transformer(cfg, dtype=dtype), params, tokenizer, template, _eos_ids(base))
 

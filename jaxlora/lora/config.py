@@ -24,6 +24,8 @@ class LoraConfig:
       layers_pattern: what comes before the layer number in a module path, such as ``layers``;
         empty means anything.
       rank_pattern, alpha_pattern: r or alpha by module-path pattern, first match wins.
+      modules_to_save: modules that train with all their numbers, by the end of their path.
+      trainable_token_indices: tokens whose rows of the embedding train, or by module name.
       use_rslora: rank-stabilised scale (Kalajdzievski 2023).
       use_dora: weight-decomposed LoRA (Liu et al. 2024).
       lora_bias: whether B has a bias, zero at first; PEFT uses it for adapters that are extracted
@@ -48,6 +50,8 @@ class LoraConfig:
     layers_pattern: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+    trainable_token_indices: tuple[int, ...] | Mapping[str, tuple[int, ...]] = ()
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False

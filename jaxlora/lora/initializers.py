@@ -84,6 +84,20 @@ def random_pair(
     return jnp.where(used < rank, a, 0.0), jnp.where(used[:, None] < rank, b, 0.0)
 
 
+def table_pair(init: bool | str, key: jax.Array, rows: int, out_dim: int, rank: int) -> Pair:
+    """Returns A and B of an embedding, as in PEFT: A zero and B normal, both normal with False.
+
+    Args:
+      init: any; but for False it makes no difference.
+      key: typed PRNG key.
+      rows, out_dim: sizes of the table.
+      rank: columns of A.
+    """
+    key_a, key_b = jax.random.split(key)
+    a = jax.random.normal(key_a, (rows, rank), jnp.float32)
+    return a * (init is False), jax.random.normal(key_b, (rank, out_dim), jnp.float32)
+
+
 def _kaiming(key, a_shape, b_shape, rank):
     bound = a_shape[-2] ** -0.5
     a = jax.random.uniform(key, a_shape, jnp.float32, -bound, bound)

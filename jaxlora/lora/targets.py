@@ -31,6 +31,8 @@ class Target:
       experts: experts of a mixture, which are an axis of the leaf after the layers'; 0 for none.
       nested: for a weight that no linear module holds (`LoraConfig.target_parameters`): how many
         other such weights of its module were wrapped after it, in each layer; else empty.
+      embedding: whether it is a table that token numbers look rows up in: A starts at zero then, B
+        random, and PEFT calls them by other names.
       in_axes: leading axes (after the layer axis) of the leaf that are contracted with the input.
       vector: whether the leaf is a bias, which trains itself instead (`jaxlora.lora.biases`); ranks
         and scales are 1 where it does.
@@ -49,6 +51,7 @@ class Target:
     wrapped: tuple[bool, ...] = ()
     experts: int = 0
     nested: tuple[int, ...] = ()
+    embedding: bool = False
 
     @property
     def rank(self) -> int:
@@ -66,6 +69,7 @@ def match(
     config: LoraConfig,
     stacked: Iterable[str] = (),
     parameters: Iterable[str] = (),
+    tables: Mapping[str, str] | None = None,
 ) -> dict[str, Target]:
     """Returns the target of every leaf of which `config` selects at least one layer.
 
@@ -74,6 +78,8 @@ def match(
       config: the rules.
       stacked: leaf paths with a leading layer axis.
       parameters: paths of what may be adapted besides, which patterns of ranks may mean.
+      tables: ``"head"`` or ``"embedding"`` for leaf paths that are one; ``"all-linear"`` leaves
+        both out, as PEFT does.
 
     Raises:
       UserError: a rule that matches nothing, naming the nearest module.
@@ -83,6 +89,9 @@ def match(
     >>> {path: target.ranks for path, target in targets.items()}
     {'wq': (4, 4)}
     """
+    tables = tables or {}
+    if config.target_modules == ALL_LINEAR:
+        modules = {path: names for path, names in modules.items() if path not in tables}
     every = [module for names in modules.values() for module in names]
     _refuse_unmatched(every, config, parameters)
     stacked = set(stacked)
@@ -99,6 +108,7 @@ def match(
             config.dropout,
             config.use_dora,
             bias=config.lora_bias,
+            embedding=tables.get(path) == "embedding",
         )
     if not targets and not config.target_parameters:
         raise UserError("lora_target_modules: every matching module is excluded; nothing to train.")
@@ -117,6 +127,17 @@ def ranks_and_scales(
         for name, rank in zip(names, ranks, strict=True)
     )
     return ranks, scales
+
+
+def selects(config: LoraConfig, module: str) -> bool:
+    """Returns whether an embedding or head of that path gets a pair, or trains whole.
+
+    >>> selects(LoraConfig(modules_to_save=("lm_head",)), "lm_head"), selects(LoraConfig(), "wte")
+    (True, False)
+    """
+    if any(module.endswith(name) for name in config.modules_to_save):
+        return True
+    return config.target_modules != ALL_LINEAR and _selected(module, config)
 
 
 def targets_of_tree(
@@ -155,6 +176,9 @@ def targets_of_tree(
 
 
 def _selected(module: str, config: LoraConfig) -> bool:
+    # PEFT reads modules_to_save as suffixes where it trains them, and as expressions here.
+    if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in config.modules_to_save):
+        return False
     if config.exclude_modules and _matches(config.exclude_modules, module):
         return False
     rule = config.target_modules

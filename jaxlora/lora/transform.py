@@ -16,7 +16,7 @@ from jaxtyping import Array, UInt32
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree, flatten, replace
 from jaxlora.lora.biases import trained_biases
-from jaxlora.lora.initializers import random_pair
+from jaxlora.lora.initializers import random_pair, table_pair
 from jaxlora.lora.targets import Target
 from jaxlora.ops.arrays import LoraArray
 from jaxlora.ops.matmul import materialize
@@ -47,7 +47,10 @@ def init(
             adapter[path] = {"value": jnp.array(leaves[path], jnp.float32, copy=True)}
             continue
         lead, in_dim, out_dim = matrix_shape(leaves[path], target)
-        a, b = random_pair(init, leaf_key, in_dim, out_dim, target.ranks, lead)
+        if target.embedding:
+            a, b = table_pair(init, leaf_key, in_dim, out_dim, target.rank)
+        else:
+            a, b = random_pair(init, leaf_key, in_dim, out_dim, target.ranks, lead)
         adapter[path] = {"a": a, "b": b}
         if target.bias:
             adapter[path]["bias"] = jnp.zeros((*lead, out_dim), jnp.float32)

@@ -11,11 +11,13 @@ from jaxlora.models.parameters import ParamSpec
 _HELD = ("gate_up_proj", "down_proj")
 
 
-def adaptable_modules(
-    specs: Mapping[str, ParamSpec], *, head: bool = False
-) -> dict[str, list[str]]:
-    """Returns ``{leaf path: module path of each layer}`` of linear modules, maybe the `head`."""
-    kinds = ("linear", "head") if head else ("linear",)
+# Not linear to PEFT's "all-linear", which leaves them out.
+_TABLES = ("head", "embedding")
+
+
+def adaptable_modules(specs: Mapping[str, ParamSpec]) -> dict[str, list[str]]:
+    """Returns ``{leaf path: module path of each layer}`` of linear modules, head and tables."""
+    kinds = ("linear", *_TABLES)
     return {path: spec.modules() for path, spec in specs.items() if spec.kind in kinds}
 
 
@@ -43,15 +45,12 @@ def adaptable_parameters(specs: Mapping[str, ParamSpec]) -> dict[str, list[str]]
     return routers | {path: experts[path] for path in held}
 
 
-def targets_of_specs(
-    specs: Mapping[str, ParamSpec], config: LoraConfig, *, head: bool = False
-) -> dict[str, Target]:
+def targets_of_specs(specs: Mapping[str, ParamSpec], config: LoraConfig) -> dict[str, Target]:
     """Returns the targets of `config` in a model.
 
     Args:
       specs: from `describe`.
       config: the rules.
-      head: whether they may select the output head.
 
     Raises:
       UserError: a rule that matches nothing.
@@ -60,7 +59,8 @@ def targets_of_specs(
     stacked = [path for path, spec in specs.items() if spec.layers is not None]
     names = [name for each in parameters.values() for name in each]
     experts = {path: specs[path].shape[0] for path in parameters if specs[path].kind == "experts"}
+    tables = {path: spec.kind for path, spec in specs.items() if spec.kind in _TABLES}
     return {
-        **match(adaptable_modules(specs, head=head), config, stacked, names),
+        **match(adaptable_modules(specs), config, stacked, names, tables),
         **match_parameters(parameters, config, stacked=stacked, experts=experts),
     }

@@ -1,4 +1,4 @@
-"""Weights are an algebra of leaves: plain, quantized, or either of them with a LoRA pair on top.
+"""Weights are an algebra of leaves: plain, quantized, patched, or with a LoRA pair on top.
 
 A leaf stands for one logical matrix of shape ``[..., in, out]``; leading axes are stacked layers,
 which `jax.lax.scan` slices off. The model calls `jaxlora.ops.matmul` and never sees which it has.
@@ -129,4 +129,37 @@ class LoraArray:
         return len(self.base.shape)
 
 
-Weight = jax.Array | QuantizedArray | LoraArray
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PatchedArray:
+    """A weight of which some rows, columns or layers are other numbers: those that train.
+
+    Attributes:
+      base: the frozen whole, a plain array.
+      patch: what stands at `index` of `axis` instead; None while it is a hole to be filled.
+      index: ``[n]`` int32, ascending.
+      axis: axis of `base` that `index` counts.
+      by_token: whether `base` is the vocabulary's table or head, whose rows are looked up one by
+        one, so that neither the patched whole nor its gradient is ever formed.
+    """
+
+    base: Any
+    patch: Any
+    index: Int[Stored, "n"]
+    axis: int = dataclasses.field(metadata={"static": True})
+    by_token: bool = dataclasses.field(default=False, metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.base.shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.base.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+
+Weight = jax.Array | QuantizedArray | LoraArray | PatchedArray

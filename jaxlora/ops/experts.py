@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxlora.ops.arrays import LoraArray, QuantizedArray, Weight
+from jaxlora.ops.arrays import LoraArray, PatchedArray, QuantizedArray, Weight
 from jaxlora.ops.quantize import dequantize
 
 
@@ -146,6 +146,7 @@ def grouped_matmul(
         return grouped_matmul(x, weight.base, sizes) + low_rank
     if isinstance(weight, QuantizedArray):
         return _quantized_matmul(x, weight, sizes)
+    assert not isinstance(weight, PatchedArray), "part of the experts"
     return jax.lax.ragged_dot(x, weight.astype(x.dtype), sizes)
 
 

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike as DType
 from jaxtyping import Array, Float, Int
 
 from jaxlora.core.errors import UserError
-from jaxlora.ops.arrays import LoraArray, QuantizedArray, Weight
+from jaxlora.ops.arrays import LoraArray, PatchedArray, QuantizedArray, Weight
 from jaxlora.ops.quantize import dequantize
 
 
@@ -26,26 +26,51 @@ def matmul(
         y = _lora_matmul(x, weight)
     elif isinstance(weight, QuantizedArray):
         y = _quantized_matmul(x, weight)
+    elif isinstance(weight, PatchedArray):
+        y = matmul(x, weight.base, out_dtype=out_dtype)
+        return y.at[..., weight.index].set(matmul(x, weight.patch, out_dtype=out_dtype))
     else:
         return jnp.matmul(x, weight.astype(x.dtype), preferred_element_type=out_dtype)
     return y if out_dtype is None else y.astype(out_dtype)
 
 
 def embed(tokens: Int[Array, "B T"], table: Weight) -> Float[Array, "B T D"]:
-    """Returns the rows of a ``[vocab, embed]`` table; ids are range-checked on the host."""
-    return materialize(table)[tokens]
+    """Returns the rows of a ``[vocab, embed]`` table; ids are range-checked on the host.
+
+    A LoRA pair or a patch of rows is looked up as the table is: its sum with it is never formed.
+    """
+    if isinstance(table, PatchedArray):
+        index = jnp.asarray(table.index)
+        slot = jnp.searchsorted(index, tokens).clip(max=len(index) - 1)
+        patched = (index[slot] == tokens)[..., None]
+        return jnp.where(patched, table.patch[slot], embed(tokens, table.base))
+    if not isinstance(table, LoraArray):
+        return materialize(table)[tokens]
+    rows = embed(tokens, table.base)
+    # No dropout: it drops inputs, and those of a table are token numbers.
+    rows = rows + table.scale * jnp.matmul(table.a[tokens], table.b)
+    if table.magnitude is None:
+        return rows
+    return rows * _dora_gain(table, _merged(table, materialize(table.base)))
 
 
 def unembed(x: Float[Array, "*batch D"], table: Weight) -> Float[Array, "*batch V"]:
     """Returns float32 logits against a tied ``[vocab, embed]`` table."""
+    if isinstance(table, PatchedArray):
+        logits = unembed(x, table.base)
+        return logits.at[..., table.index].set(unembed(x, table.patch))
     table = materialize(table).astype(x.dtype)
     return jnp.einsum("...D,VD->...V", x, table, preferred_element_type=jnp.float32)
 
 
 def materialize(weight: Weight, dtype: DType | None = None) -> Float[Array, "*lead I O"]:
-    """Returns the matrix a leaf stands for: dequantized, LoRA added (in float32), DoRA applied."""
+    """Returns the matrix a leaf stands for: dequantized, patched, LoRA added (in float32)."""
     if isinstance(weight, QuantizedArray):
         return dequantize(weight, dtype)
+    if isinstance(weight, PatchedArray):
+        base = weight.base.astype(dtype or weight.base.dtype)
+        at = (slice(None),) * (weight.axis % base.ndim) + (weight.index,)
+        return base.at[at].set(weight.patch.astype(base.dtype))
     if not isinstance(weight, LoraArray):
         return weight if dtype is None else weight.astype(dtype)
     if weight.bias is not None:

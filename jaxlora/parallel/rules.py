@@ -71,7 +71,7 @@ class Placement:
         """Pins an activation's sharding inside jit."""
         return jax.lax.with_sharding_constraint(x, self.sharding(logical, x.shape))
 
-    def weight(self, leaf: Any, logical: Sequence[str], *, stacked: bool) -> Any:
+    def weight(self, leaf: Any, logical: Sequence[str | None], *, stacked: bool) -> Any:
         """Returns a parameter leaf on the devices, quantized leaves with their gather pinned.
 
         Args:

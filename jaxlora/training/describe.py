@@ -53,7 +53,8 @@ def describe_weights(plan: Plan, trainable: Any, frozen: Any) -> str:
     """Returns sizes: parameters, trained share, bytes, devices."""
     model = plan.model
     total = sum(spec.size for spec in model.specs.values())
-    trained = count(model.targets, trainable["adapter"]) if model.lora else total
+    trained = count(model.targets, trainable["adapter"])
+    trained += sum(leaf.size for leaf in trainable["params"].values())
     whole = [
         f"\nnote: {path}: {note}"
         for path, spec in model.specs.items()

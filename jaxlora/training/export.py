@@ -7,13 +7,15 @@ import jax.numpy as jnp
 
 from jaxlora import lora
 from jaxlora.checkpoints import hub, run_folder
+from jaxlora.checkpoints.adapter import read_adapter
 from jaxlora.checkpoints.adapter_files import open_adapter
 from jaxlora.checkpoints.load import read_model_config
-from jaxlora.checkpoints.peft import load_adapter, save_adapter
+from jaxlora.checkpoints.peft import save_adapter
 from jaxlora.checkpoints.peft_base import has_fan_in
 from jaxlora.checkpoints.peft_config import CONFIG_FILE
 from jaxlora.checkpoints.save import save_model
 from jaxlora.checkpoints.store import CheckpointStore, locate
+from jaxlora.checkpoints.whole import trained_tensors
 from jaxlora.config.load import load_config
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError
@@ -72,6 +74,7 @@ def export_weights(config: Config, model: Model, state: Tree, folder: Path) -> N
         fingerprint=model.fingerprint or None,
         storage=storage,
         fan_in_fan_out=has_fan_in(model.specs, targets),
+        beside=trained_tensors(model.specs, model.parts, trainable["params"]),
     )
     choice = config.chat_template_jinja or config.chat_template
     if choice is not None:  # who loads the adapter should ask as it was taught
@@ -111,16 +114,17 @@ def _export_adapter(folder: Path, output: Path, base: str | Path | None) -> None
     if not name:
         raise UserError(f"{folder}: its {CONFIG_FILE} names no base model; give it with --base.")
     # Its config.json says what the adapter must fit; its weights are not needed.
-    cfg, _ = read_model_config(hub.resolve(name))
-    specs = describe(cfg)
-    adapter, targets, config = load_adapter(folder, specs, head_dim=cfg.head_dim)
+    stored, _ = read_model_config(hub.resolve(name))
+    adapter = read_adapter(folder, stored)
+    specs = describe(adapter.cfg)
     save_adapter(
         output,
-        adapter,
-        targets,
-        config,
+        adapter.pairs,
+        adapter.targets,
+        adapter.config,
         base_name=str(name),
-        fan_in_fan_out=has_fan_in(specs, targets),
+        fan_in_fan_out=has_fan_in(specs, adapter.targets),
+        beside=trained_tensors(specs, adapter.parts, adapter.params),
     )
 
 
@@ -144,10 +148,12 @@ def abstract_state(config: Config, model: Model) -> Tree:
         path: jax.ShapeDtypeStruct(spec.full_shape, jnp.float32)
         for path, spec in model.specs.items()
     }
-    trainable: Tree = {"params": {}, "adapter": {}}
-    if model.lora is None:
-        trainable["params"] = shapes
-    else:
+    trained = {
+        path: jax.ShapeDtypeStruct(part.shape(shapes[path].shape), jnp.float32)
+        for path, part in model.parts.items()
+    }
+    trainable: Tree = {"params": trained, "adapter": {}}
+    if model.lora is not None:
         trainable["adapter"] = jax.eval_shape(
             lambda params, key: lora.init(params, model.targets, key),
             unflatten(shapes),

@@ -85,6 +85,11 @@ def identity(plan: Plan) -> dict[str, Any]:
         "lora_dropout": config.lora_dropout,
         # Last: it follows from several of the keys above, which say better what has changed.
         "data": plan.data.fingerprint,
+        "parts": {
+            path: [part.layers and list(part.layers), part.rows and list(part.rows)]
+            for path, part in plan.model.parts.items()
+            if not part.whole
+        },
         "scales": {path: list(target.scales) for path, target in plan.model.targets.items()},
     }
 

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 
 from jaxlora.checkpoints import hub
+from jaxlora.checkpoints.adapter import LoadedAdapter, read_adapter
 from jaxlora.checkpoints.fingerprint import base_fingerprint
+from jaxlora.checkpoints.fitted import fit
 from jaxlora.checkpoints.load import check_weights, read_model_config, storage_of
-from jaxlora.checkpoints.peft import load_adapter
-from jaxlora.checkpoints.peft_base import bias_modules
 from jaxlora.checkpoints.storage import Storage
 from jaxlora.config import derived, settings
 from jaxlora.config.schema import Config
@@ -21,16 +21,16 @@ from jaxlora.data.masking import Masking
 from jaxlora.data.prepare import Prepared, prepare
 from jaxlora.data.table import check_vocabulary
 from jaxlora.data.tokenizer import load_tokenizer, pad_id
-from jaxlora.lora import LoraConfig, Target, changes_base, with_biases
-from jaxlora.lora.transform import Adapter
+from jaxlora.lora import LoraConfig, Target, changes_base
+from jaxlora.lora.parts import Parts
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import ParamSpec, describe
-from jaxlora.models.targets import targets_of_specs
 from jaxlora.models.task import task_of
 from jaxlora.models.transformer import Transformer
 from jaxlora.ops.arrays import FOUR_BIT
 from jaxlora.parallel.mesh import batch_shards, make_mesh
 from jaxlora.parallel.rules import Placement
+from jaxlora.training.leaves import trained_leaves
 
 Say = Callable[[str], None]
 
@@ -41,19 +41,24 @@ class Model:
 
     Attributes:
       folder: local folder with config.json, weights and tokenizer.
+      stored: shape of the model in it.
+      cfg: shape of the model that is trained, which may have a head of its own.
       targets: leaves with an adapter; empty in full fine-tuning.
+      parts: leaves that train with all their numbers, whole or in part.
       lora: the adapter's options, None in full fine-tuning.
-      adapter: arrays to start from (`lora_model_dir`), None for fresh ones.
+      start: the adapter to start from (`lora_model_dir`), None for a fresh one.
     """
 
     folder: Path
+    stored: ModelConfig
     cfg: ModelConfig
     specs: dict[str, ParamSpec]
     tokenizer: Any
     fingerprint: str
     targets: dict[str, Target]
+    parts: Parts
     lora: LoraConfig | None
-    adapter: Adapter | None
+    start: LoadedAdapter | None
     transformer: Transformer
     placement: Placement
 
@@ -87,28 +92,23 @@ def open_model(config: Config) -> Model:
     """
     folder = hub.resolve(config.base_model, config.revision_of_model)
     described = hub.resolve(config.base_model_config) if config.base_model_config else folder
-    cfg, _ = read_model_config(described)
-    specs = describe(cfg)
+    stored, _ = read_model_config(described)
     fingerprint = ""
     if not config.reinit_weights:
         _check_storage(config, storage_of(folder))
-        check_weights(folder, cfg)
+        check_weights(folder, stored)
         fingerprint = base_fingerprint(folder)
-    lora = settings.lora_config(config)
+    lora, start = settings.lora_config(config), None
     if lora is not None:
-        lora = dataclasses.replace(lora, task_type=task_of(cfg).peft)
-    targets: dict[str, Target] = {}
-    adapter = None
+        lora = dataclasses.replace(lora, task_type=task_of(stored).peft)
     if lora is not None and config.lora_model_dir:
-        start = hub.resolve(config.lora_model_dir)
-        adapter, targets, lora = load_adapter(
-            start, specs, fingerprint=fingerprint or None, head_dim=cfg.head_dim
+        start = read_adapter(
+            hub.resolve(config.lora_model_dir), stored, fingerprint=fingerprint or None
         )
-        targets = _with_dropout(targets, config.lora_dropout)
-    elif lora is not None:
-        stacked = [path for path, spec in specs.items() if spec.layers is not None]
-        targets = targets_of_specs(specs, lora)
-        targets = with_biases(targets, bias_modules(specs), lora.train_bias, stacked)
+        lora = start.config
+    cfg = fit(stored, lora)
+    specs = describe(cfg)
+    targets, parts = trained_leaves(config, cfg, lora, start)
     tokenizer = load_tokenizer(
         config.tokenizer_config or folder,
         special_tokens=config.special_tokens.model_dump(exclude_none=True),
@@ -122,7 +122,18 @@ def open_model(config: Config) -> Model:
         constrain=placement.constrain,
     )
     return Model(
-        folder, cfg, specs, tokenizer, fingerprint, targets, lora, adapter, transformer, placement
+        folder,
+        stored,
+        cfg,
+        specs,
+        tokenizer,
+        fingerprint,
+        targets,
+        parts,
+        lora,
+        start,
+        transformer,
+        placement,
     )
 
 
@@ -157,14 +168,6 @@ def _check_storage(config: Config, storage: Storage | None) -> None:
                 f"{key}: {value} contradicts the weights of {config.base_model}, which are "
                 f"quantized already ({storage.name}); remove {key} to use them as they are."
             )
-
-
-def _with_dropout(targets: dict[str, Target], dropout: float) -> dict[str, Target]:
-    if dropout and any(target.nested for target in targets.values()):
-        raise UserError(
-            "lora_dropout: does not go with the adapter's target_parameters; remove it."
-        )
-    return {path: dataclasses.replace(target, dropout=dropout) for path, target in targets.items()}
 
 
 def _check_tokenizer(tokenizer: Any, cfg: ModelConfig, base: str) -> None:

@@ -8,13 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import DTypeLike
 
 from jaxlora import lora
-from jaxlora.checkpoints.load import QuantSpec, load_params
+from jaxlora.checkpoints.fitted import load_base
+from jaxlora.checkpoints.load import QuantSpec
 from jaxlora.config import derived
 from jaxlora.config.schema import Config
 from jaxlora.core.tree import Tree, flatten, unflatten
 from jaxlora.models.parameters import ParamSpec, init_params
+from jaxlora.ops.arrays import PatchedArray, QuantizedArray
 from jaxlora.optim.optimizers import make_optimizer
 from jaxlora.optim.schedules import make_schedule
 from jaxlora.parallel.rules import Placement
@@ -51,45 +54,93 @@ def load_weights(
       UserError: missing, leftover, misshapen or damaged tensors.
     """
     key = jax.random.key(config.seed)
-    lora_config = model.lora
-    trains_all = lora_config is None
-    # What trains is kept in float32: bfloat16 cannot hold a small update of a large weight.
-    dtype = jnp.float32 if trains_all else model.transformer.dtype
-
-    def place(path: str, leaf: Any) -> Any:
-        spec = model.specs[path]
-        return model.placement.weight(leaf, spec.axes, stacked=spec.layers is not None)
-
-    adapter, splitter, adapter_key = model.adapter, None, jax.random.fold_in(key, 1)
-    if adapter is None and lora_config is not None and model.splits_base:
-        splitter = lora.Splitter(model.targets, lora_config, adapter_key)
+    placed = _Placed(model)
+    splitter = None
+    if model.start is None and model.lora is not None and model.splits_base:
+        splitter = lora.Splitter(model.targets, model.lora, _adapter_key(key))
     if config.reinit_weights:
-        fresh = flatten(init_params(model.cfg, key, dtype))
-        leaves = {path: place(path, leaf) for path, leaf in fresh.items()}
+        leaves = {
+            path: placed(path, leaf)
+            for path, leaf in flatten(init_params(model.cfg, key, jnp.float32)).items()
+        }
     else:
-        params = load_params(
+        params = load_base(
             model.folder,
+            model.stored,
             model.cfg,
-            dtype=dtype,
+            dtype=model.transformer.dtype,
             quantization=quant_spec(config),
-            place=place,
+            place=placed,
             split=splitter,
             progress=progress,
+            trained=model.parts,
         )
         leaves = flatten(params)
-    if trains_all:
-        return {"params": leaves, "adapter": {}}, {}
-    if splitter is not None:
-        adapter = lora.with_magnitudes(unflatten(leaves), splitter.adapter(), model.targets)
-    elif adapter is None:
-        adapter = lora.init(unflatten(leaves), model.targets, adapter_key, lora_config.init)
-    adapter = {
-        path: model.placement.adapter(
-            pair, model.specs[path].axes, stacked=model.specs[path].layers is not None
+    frozen = {path: leaf for path, leaf in leaves.items() if leaf is not None}
+    return {"params": placed.trained, "adapter": _pairs(model, frozen, key, splitter)}, frozen
+
+
+class _Placed:
+    """Puts leaves on the devices as they are read, what trains of them apart.
+
+    Attributes:
+      trained: ``{path: array}`` so far, float32: bfloat16 cannot hold a small update of a large
+        weight.
+    """
+
+    def __init__(self, model: Model):
+        self.model = model
+        self.trained: Tree = {}
+
+    def __call__(self, path: str, leaf: Any) -> Any:
+        """Returns what is frozen of a leaf, None if nothing is."""
+        model, spec, part = self.model, self.model.specs[path], self.model.parts.get(path)
+        put = model.placement.weight
+        start = model.start
+        if start is not None:
+            leaf = start.tables.get(path, leaf)
+        if part is None or not part.whole:
+            kept = isinstance(leaf, QuantizedArray) or spec.kind == "buffer"
+            rest = leaf if kept else _as(leaf, model.transformer.dtype)
+            frozen = put(rest, spec.axes, stacked=spec.layers is not None)
+            if part is None:
+                return frozen
+        values = part.take(leaf) if start is None else start.params[path]
+        self.trained[path] = put(
+            _as(values, jnp.float32), part.axes(spec.axes), stacked=part.stacked
         )
-        for path, pair in adapter.items()
+        jax.block_until_ready(self.trained[path])  # or the host's copy would stay
+        if part.whole:
+            return None
+        hole = part.hole(frozen)
+        return dataclasses.replace(hole, index=put(hole.index, (None,), stacked=False))
+
+
+def _as(leaf: Any, dtype: DTypeLike) -> Any:
+    return leaf if leaf.dtype == jnp.dtype(dtype) else leaf.astype(jnp.dtype(dtype))
+
+
+def _adapter_key(key: jax.Array) -> jax.Array:
+    return jax.random.fold_in(key, 1)
+
+
+def _pairs(model: Model, leaves: Tree, key: jax.Array, splitter: lora.Splitter | None) -> Tree:
+    """Returns the low-rank pairs on the devices: loaded, split off the base, or fresh."""
+    if model.lora is None:
+        return {}
+    base = {p: x.base if isinstance(x, PatchedArray) else x for p, x in leaves.items()}
+    if model.start is not None:
+        pairs = model.start.pairs
+    elif splitter is not None:
+        pairs = lora.with_magnitudes(unflatten(base), splitter.adapter(), model.targets)
+    else:
+        pairs = lora.init(unflatten(base), model.targets, _adapter_key(key), model.lora.init)
+    return {
+        path: model.placement.adapter(
+            pair, model.specs[path].axes, stacked=model.targets[path].stacked
+        )
+        for path, pair in pairs.items()
     }
-    return {"params": {}, "adapter": adapter}, leaves
 
 
 def quant_spec(config: Config) -> QuantSpec | None:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxlora import lora
 from jaxlora.core.tree import Tree, unflatten
 from jaxlora.lora import Target
+from jaxlora.lora.parts import fill
 from jaxlora.models.transformer import Transformer, bind
 from jaxlora.ops.loss import chunked_cross_entropy
 
@@ -30,12 +31,12 @@ def weights(
 
     Args:
       trainable: what trains.
-      frozen: ``{path: leaf}`` of what does not.
+      frozen: ``{path: leaf}`` of what does not, with a hole where a part of a leaf trains.
       targets: of the adapter.
       key: dropout key of this forward pass; None in evaluation.
     """
-    params = unflatten({**frozen, **trainable["params"]})
-    return lora.apply(params, trainable["adapter"], targets, key)
+    own = {path: fill(frozen.get(path), value) for path, value in trainable["params"].items()}
+    return lora.apply(unflatten({**frozen, **own}), trainable["adapter"], targets, key)
 
 
 def token_loss_sum(transformer: Transformer, params: Tree, batch: Batch) -> Float[Array, ""]:

@@ -168,7 +168,6 @@ TENSOR_FAULTS = {
 }
 CONFIG_FAULTS = {
     "bias": ({"bias": "some"}, "peft_bias: 'some' is unknown"),
-    "save": ({"modules_to_save": ["lm_head"]}, "modules_to_save: .* is not supported"),
     "experts": (
         {"target_parameters": ["mlp.experts"]},
         "lora_dropout: does not go with lora_target_parameters",

@@ -1,0 +1,170 @@
+"""A base model as a run or an adapter wants it: room for new tokens, a head of its own."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxlora.checkpoints.load import load_params, to_device
+from jaxlora.checkpoints.matrices import QuantSpec, Split
+from jaxlora.core.axes import VOCAB
+from jaxlora.core.errors import UserError
+from jaxlora.core.tree import Tree, flatten, unflatten
+from jaxlora.lora.config import LoraConfig
+from jaxlora.lora.parts import Parts, token_rows, vocabulary_tables, whole_modules
+from jaxlora.lora.targets import selects
+from jaxlora.models.config import ModelConfig
+from jaxlora.models.parameters import ParamSpec, describe
+
+
+def fit(cfg: ModelConfig, config: LoraConfig | None, vocab_size: int | None = None) -> ModelConfig:
+    """Returns the shape of the model that an adapter is trained on, given the base's own.
+
+    A head that shares the embedding's numbers gets its own where an adapter or `modules_to_save`
+    changes only one of the two, as in PEFT: its wrappers leave the shared table to the other.
+    Trained rows (`trainable_token_indices`) stay shared unless the head is given others.
+
+    Args:
+      cfg: the base.
+      config: options of the adapter, None in full fine-tuning.
+      vocab_size: number of tokens if not the base's.
+    """
+    cfg = dataclasses.replace(cfg, vocab_size=vocab_size or cfg.vocab_size)
+    if not cfg.tie_embedding or config is None:
+        return cfg
+    untied = dataclasses.replace(cfg, tie_embedding=False)
+    tables = vocabulary_tables(describe(untied)).values()
+    own = any(selects(config, spec.modules()[0]) for spec in tables)
+    return untied if own or _shared_ids(config) is None else cfg
+
+
+def _shared_ids(config: LoraConfig) -> tuple[int, ...] | None:
+    """Tokens whose rows train in embedding and head alike; None if the two differ."""
+    tokens = config.trainable_token_indices
+    if not isinstance(tokens, Mapping):
+        return tokens
+    if not tokens:
+        return ()
+    ids = list(tokens.values())
+    alike = len(ids) == 2 and sorted(ids[0]) == sorted(ids[1])
+    embedding_only = len(ids) == 1 and not next(iter(tokens)).endswith("lm_head")
+    return ids[0] if alike or embedding_only else None
+
+
+def adapter_parts(cfg: ModelConfig, config: LoraConfig) -> Parts:
+    """Returns what trains beside the low-rank pairs of an adapter.
+
+    Args:
+      cfg: from `fit`.
+      config: options of the adapter.
+
+    Raises:
+      UserError: names or tokens that the model does not have, or a table claimed twice.
+    """
+    specs = describe(cfg)
+    parts = whole_modules(specs, config.modules_to_save)
+    tokens = config.trainable_token_indices
+    if not tokens:
+        return parts
+    shared = _shared_ids(config)
+    rows = token_rows(specs, shared if cfg.tie_embedding and shared else tokens)
+    for path in rows:
+        name = specs[path].modules()[0].rpartition(".")[2]
+        if path in parts:
+            raise UserError(
+                f"lora_modules_to_save: {name} trains whole, so peft_trainable_token_indices has "
+                "nothing to add to it; remove one of them."
+            )
+        if selects(config, specs[path].modules()[0]):
+            raise UserError(
+                f"lora_target_modules: {name} cannot have an adapter and rows of "
+                "peft_trainable_token_indices; remove one of them."
+            )
+    return parts | rows
+
+
+def load_base(
+    folder: Path,
+    stored: ModelConfig,
+    cfg: ModelConfig,
+    *,
+    dtype: DTypeLike,
+    quantization: QuantSpec | None = None,
+    place: Callable[[str, Any], Any] = to_device,
+    split: Split | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    trained: Collection[str] = (),
+    mean_resizing: bool = True,
+) -> Tree:
+    """Returns the parameter tree of `cfg` from a folder that holds `stored`.
+
+    Args:
+      folder, dtype, quantization, place, split, progress: as in `load_params`.
+      stored: shape of the model in the folder.
+      cfg: shape wanted, from `fit`.
+      trained: paths read in float32 and never quantized.
+      mean_resizing: new rows are the mean of the old ones (transformers draws them from a normal
+        distribution around it, of a billionth of the old rows' covariance); else they are random.
+
+    Raises:
+      UserError: as `load_params`.
+    """
+    specs = describe(cfg)
+    head: dict[str, Any] = {}
+    own_head = [path for path in specs if stored.tie_embedding and path not in describe(stored)]
+    shared = ["embed/embedding"] if own_head else []
+
+    def fitted(path: str, leaf: Any) -> Any:
+        leaf = _resized(leaf, specs[path], cfg, mean_resizing)
+        if path in shared:
+            for other in own_head:
+                head[other] = place(other, np.ascontiguousarray(stored_as(other, leaf).T))
+        return place(path, stored_as(path, leaf) if path in shared else leaf)
+
+    def stored_as(path: str, leaf: Any) -> Any:
+        return leaf if path in trained else leaf.astype(jnp.dtype(dtype))
+
+    params = load_params(
+        folder,
+        stored,
+        dtype=dtype,
+        quantization=quantization,
+        place=fitted,
+        split=split,
+        progress=progress,
+        trained={*trained, *shared},
+    )
+    return unflatten({**flatten(params), **head})
+
+
+def _resized(leaf: np.ndarray, spec: ParamSpec, cfg: ModelConfig, mean: bool) -> np.ndarray:
+    if VOCAB not in spec.axes or leaf.shape == spec.full_shape:
+        return leaf
+    axis = spec.axes.index(VOCAB)
+    new = spec.shape[axis] - leaf.shape[axis]
+    old = leaf if axis == 0 else leaf.T
+    if mean:
+        rows = np.repeat(old.mean(axis=0, dtype=np.float32, keepdims=True), new, axis=0)
+    else:
+        rows = np.random.default_rng(axis).normal(0.0, cfg.init_std, (new, *old.shape[1:]))
+    return np.concatenate([leaf, (rows if axis == 0 else rows.T).astype(leaf.dtype)], axis=axis)
+
+
+def written_config(raw: Mapping[str, Any], stored: ModelConfig, cfg: ModelConfig) -> dict[str, Any]:
+    """Returns config.json of a fitted model, given that of the base.
+
+    >>> # a head of its own, three more tokens
+    >>> stored = ModelConfig(8, 4, 8, 2, 2, 1, 2, 16, 1e-5, 1e4, tie_embedding=True)
+    >>> written_config({}, stored, dataclasses.replace(stored, vocab_size=11, tie_embedding=False))
+    {'vocab_size': 11, 'tie_word_embeddings': False}
+    """
+    changes: dict[str, Any] = {}
+    if cfg.vocab_size != stored.vocab_size:
+        changes["vocab_size"] = cfg.vocab_size
+    if cfg.tie_embedding != stored.tie_embedding:
+        changes["tie_word_embeddings"] = cfg.tie_embedding
+    return {**raw, **changes}
