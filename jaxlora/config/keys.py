@@ -82,13 +82,12 @@ _REFUSED = {
     "not available; sample_packing wastes less": "group_by_length curriculum_sampling",
     "not available; the vocabulary stays as it is": """tokens added_tokens_overrides
         fix_untrained_tokens""",
-    "not available; use adapter or train every weight": "unfrozen_parameters",
     "not available; learning_rate holds for every weight": """lr_groups embedding_lr
         embedding_lr_scale""",
     "not available; leave it out": """s2_attention neftune_noise_alpha relora jagged_restart_steps
         jagged_restart_warmup_steps jagged_restart_anneal_steps lisa_n_layers use_eaft
         cosine_constant_lr_ratio lr_quadratic_warmup lr_scheduler_kwargs optim_args
-        peft_trainable_token_indices model_config cls_model_config
+        model_config cls_model_config
         overrides_of_model_config overrides_of_model_kwargs model_kwargs eval_causal_lm_metrics
         do_causal_lm_eval eval_table_size""",
     "not available; a run ends after num_epochs or max_steps": """early_stopping_patience

@@ -118,10 +118,17 @@ def _adapter(config: Config) -> Iterator[Problem]:
     if config.adapter is None:
         if config.lora_model_dir is not None:
             yield Problem(("lora_model_dir",), "it needs adapter: lora or qlora", ("adapter",))
-        if config.lora_modules_to_save:
-            text = "without an adapter every weight trains; set adapter: lora or qlora"
-            yield Problem(("lora_modules_to_save",), text, ("adapter",))
+        for key in ("lora_modules_to_save", "peft_trainable_token_indices"):
+            if getattr(config, key):
+                text = "without an adapter every weight trains; set adapter: lora or qlora"
+                yield Problem((key,), text, ("adapter",))
+        if config.unfrozen_parameters and config.reinit_weights:
+            text = "random weights must not be frozen; remove one of them"
+            yield Problem(("unfrozen_parameters",), text, ("reinit_weights",))
         return
+    if config.unfrozen_parameters:
+        text = "it is for training without an adapter; use lora_modules_to_save"
+        yield Problem(("unfrozen_parameters",), text, ("adapter",))
     for key, common in (("lora_r", 16), ("lora_alpha", 32)):
         if getattr(config, key) is None:
             text = f"required with adapter: {config.adapter}; {common} is a common value"

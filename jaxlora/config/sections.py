@@ -79,6 +79,12 @@ class AdapterKeys(Section):
     lora_modules_to_save: tuple[Text, ...] = ()
     """Modules that train whole beside the adapter, by the end of their full names: embed_tokens,
     lm_head, norm and the like. They are saved with it, as PEFT's modules_to_save."""
+    peft_trainable_token_indices: tuple[Natural, ...] | dict[str, tuple[Natural, ...]] = ()
+    """Ids of tokens whose rows of the embedding (and of a tied head) train beside the adapter, or
+    lists of them by table: embed_tokens, lm_head."""
+    unfrozen_parameters: tuple[Text, ...] = ()
+    """Without an adapter: regular expressions for the beginning of the names of the tensors that
+    train, the rest being frozen; [start:end] after one trains only those rows."""
     lora_model_dir: Text | None = None
     """Folder of an adapter to start from."""
     peft_use_rslora: Flag = False

@@ -27,6 +27,7 @@ def lora_config(config: Config) -> LoraConfig | None:
         layers_to_transform=(layers,) if isinstance(layers, int) else layers or (),
         layers_pattern=(pattern,) if isinstance(pattern, str) else pattern or (),
         modules_to_save=tuple(sorted(set(config.lora_modules_to_save))),
+        trainable_token_indices=config.peft_trainable_token_indices,
         use_rslora=config.peft_use_rslora,
         use_dora=config.peft_use_dora,
         lora_bias=config.peft_lora_bias,

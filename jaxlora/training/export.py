@@ -9,6 +9,7 @@ from jaxlora import lora
 from jaxlora.checkpoints import hub, run_folder
 from jaxlora.checkpoints.adapter import read_adapter
 from jaxlora.checkpoints.adapter_files import open_adapter
+from jaxlora.checkpoints.fitted import load_base
 from jaxlora.checkpoints.load import read_model_config
 from jaxlora.checkpoints.peft import save_adapter
 from jaxlora.checkpoints.peft_base import has_fan_in
@@ -19,8 +20,9 @@ from jaxlora.checkpoints.whole import trained_tensors
 from jaxlora.config.load import load_config
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError
-from jaxlora.core.tree import Tree, unflatten
+from jaxlora.core.tree import Tree, flatten, unflatten
 from jaxlora.data.tokenizer import template_text
+from jaxlora.lora.parts import fill
 from jaxlora.models.parameters import describe
 from jaxlora.training.resume import CHECKPOINTS
 from jaxlora.training.setup import Model, open_model
@@ -49,7 +51,7 @@ def export_weights(config: Config, model: Model, state: Tree, folder: Path) -> N
     trainable = state["trainable"]
     if model.lora is None:
         save_model(
-            unflatten(trainable["params"]),
+            _whole_model(model, trainable["params"]),
             model.cfg,
             folder,
             source_folder=model.folder,
@@ -80,6 +82,18 @@ def export_weights(config: Config, model: Model, state: Tree, folder: Path) -> N
     if choice is not None:  # who loads the adapter should ask as it was taught
         model.tokenizer.chat_template = template_text(model.tokenizer, choice)
     model.tokenizer.save_pretrained(str(folder))
+
+
+def _whole_model(model: Model, trained: Tree) -> Tree:
+    """What was trained and, read once more, what was frozen (`unfrozen_parameters`)."""
+    if model.specs.keys() == {path for path, part in model.parts.items() if part.whole}:
+        return unflatten(trained)
+    base = load_base(model.folder, model.stored, model.cfg, dtype=model.transformer.dtype)
+    leaves = flatten(base)
+    for path, part in model.parts.items():
+        hole = None if part.whole else part.hole(leaves[path])
+        leaves[path] = fill(hole, jnp.asarray(trained[path]))
+    return unflatten(leaves)
 
 
 def export(source: str | Path, output: str | Path, *, base: str | Path | None = None) -> int | None:

@@ -13,6 +13,7 @@ from jaxlora.lora.config import LoraConfig
 from jaxlora.lora.initializers import changes_base
 from jaxlora.lora.parts import Part, Parts
 from jaxlora.lora.targets import Target
+from jaxlora.lora.unfrozen import unfrozen
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import ParamSpec, describe
 from jaxlora.models.targets import targets_of_specs
@@ -33,6 +34,8 @@ def trained_leaves(
       UserError: a rule that matches nothing, or a leaf that two of them claim.
     """
     specs = describe(cfg)
+    if lora is None and config.unfrozen_parameters:
+        return {}, unfrozen(specs, config.unfrozen_parameters)
     if lora is None:
         return {}, {path: Part(spec.layers is not None) for path, spec in specs.items()}
     if start is None:

@@ -21,6 +21,8 @@ from jaxlora.training.state import init_optimizer, load_weights, make_tx
 
 WHOLE = {"lora_modules_to_save": ["embed_tokens", "lm_head", "model.norm"]}
 
+ADAPTER = ("adapter", "lora_r", "lora_alpha", "lora_target_modules")
+
 
 def adapter_file(folder):
     return load_file(folder / "adapter_model.safetensors")
@@ -71,6 +73,49 @@ def test_whole_modules_train_resume_export_merge(tied_base, run, tmp_path):
         np.testing.assert_allclose(values, tensors[key], atol=1e-6, err_msg=key)  # lr 1e-9
 
 
+def test_token_rows_train_resume_export_merge(tied_base, run, tmp_path):
+    changes = {
+        "peft_trainable_token_indices": [9, 5, 40],
+        "base_model": str(tied_base),
+        "save_steps": 3,
+        "save_strategy": None,
+    }
+    run("run", **changes)
+    tensors = adapter_file(tmp_path / "run")
+    rows = tensors["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"]
+    before = load_file(tied_base / "model.safetensors")["model.embed_tokens.weight"]
+    assert rows.shape == (3, before.shape[1])
+    assert np.abs(rows - before[[5, 9, 40]]).max() > 1e-3
+    checkpoint = next((tmp_path / "run" / "checkpoints").glob("*3"))
+    run("again", **changes, resume_from_checkpoint=str(checkpoint))
+    for key, values in adapter_file(tmp_path / "again").items():
+        np.testing.assert_array_equal(values, tensors[key], err_msg=key)
+    with pytest.raises(UserError, match="resume_from_checkpoint: parts was"):
+        changes["peft_trainable_token_indices"] = [9, 5, 41]
+        run("other", **changes, resume_from_checkpoint=str(checkpoint))
+    merged = jaxlora.merge(tmp_path / "run", None, tmp_path / "merged", dtype="float32")
+    table = load_file(merged / "model.safetensors")["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(table[[5, 9, 40]], rows)
+    others = np.setdiff1d(np.arange(len(before)), [5, 9, 40])
+    np.testing.assert_array_equal(table[others], before[others])
+
+
+def test_only_unfrozen_parameters_move(base, run, tmp_path):
+    wanted = ["lm_head.weight$", r"model.layers.1.mlp.up_proj", "model.embed_tokens.weight[3:20]"]
+    none = dict.fromkeys(("adapter", "lora_r", "lora_alpha", "lora_target_linear"))
+    run("run", **none, unfrozen_parameters=wanted, learning_rate=1e-3)
+    before = load_file(base / "model.safetensors")
+    after = load_file(tmp_path / "run" / "model.safetensors")
+    moved = {name for name in before if (before[name] != after[name]).any()}
+    assert moved == {
+        "lm_head.weight",
+        "model.layers.1.mlp.up_proj.weight",
+        "model.embed_tokens.weight",
+    }
+    rows = np.flatnonzero((before[name := "model.embed_tokens.weight"] != after[name]).any(1))
+    assert rows.min() >= 3 and rows.max() < 20
+
+
 def open_run(keys, tmp_path, **changes):
     plan = make_plan(load_config({**keys, "output_dir": str(tmp_path), **changes}))
     return plan, *load_weights(plan.config, plan.model)
@@ -113,6 +158,11 @@ def test_norms_that_train_do_not_decay(keys, tmp_path):
     [
         ({"lora_modules_to_save": ["lm_heat"]}, "lora_modules_to_save: 'lm_heat' .*lm_head"),
         ({"lora_modules_to_save": ["proj"]}, "lora_modules_to_save: .*[qv]_proj.*lora_target_mod"),
+        (
+            {"unfrozen_parameters": ["lm_heat"], **dict.fromkeys(ADAPTER)},
+            "unfrozen_parameters: 'lm_heat' matches no parameter.*lm_head",
+        ),
+        ({"peft_trainable_token_indices": [99999]}, "peft_trainable_.*no token 99999"),
         (
             {**WHOLE, "adapter": None, "lora_target_modules": None},
             "lora_modules_to_save: without an adapter",
