@@ -14,7 +14,7 @@ import numpy as np
 from jaxlora.checkpoints.adapter_files import open_adapter
 from jaxlora.checkpoints.atomic import staged
 from jaxlora.checkpoints.load import QuantSpec
-from jaxlora.checkpoints.peft_base import bias_modules
+from jaxlora.checkpoints.peft_base import bias_modules, has_fan_in, weighted_modules
 from jaxlora.checkpoints.peft_config import CONFIG_FILE, write_config
 from jaxlora.checkpoints.peft_tensors import PREFIX, entries, put, to_peft
 from jaxlora.checkpoints.tensor_view import Tensors
@@ -49,7 +49,7 @@ def save_adapter(
     revision: str | None = None,
     fingerprint: str | None = None,
     storage: QuantSpec | None = None,
-    fan_in_fan_out: bool = False,
+    specs: Mapping[str, ParamSpec] | None = None,
     beside: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Writes adapter_config.json and adapter_model.safetensors (float32), both whole or not at all.
@@ -63,7 +63,8 @@ def save_adapter(
       revision: its revision on the hub.
       fingerprint: `base_fingerprint` of the base; `load_adapter` refuses other bases by it.
       storage: how the base was quantized in training; `trained_storage` reads it.
-      fan_in_fan_out: whether the base's own layers hold ``[in, out]`` (GPT-2), for PEFT.
+      specs: `describe` of the base, from which the file says which modules are meant, and how
+        they hold their weights; may be left out for a LLaMA.
       beside: tensors beside the low-rank pairs, by PEFT's key (`jaxlora.checkpoints.whole`).
 
     Raises:
@@ -99,7 +100,8 @@ def save_adapter(
             config,
             base_name=base_name,
             revision=revision,
-            fan_in_fan_out=fan_in_fan_out,
+            fan_in_fan_out=specs is not None and has_fan_in(specs, targets),
+            base_modules=weighted_modules(specs or {}),
         )
 
 

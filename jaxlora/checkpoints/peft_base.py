@@ -7,8 +7,13 @@ from jaxlora.models.parameters import ParamSpec
 
 
 def has_fan_in(specs: Mapping[str, ParamSpec], targets: Mapping[str, Target]) -> bool:
-    """Returns what `save_adapter` wants to know as `fan_in_fan_out`."""
+    """Returns whether the base's adapted layers hold ``[in, out]`` (GPT-2)."""
     return any(specs[path].kind == "linear" and not specs[path].transposed for path in targets)
+
+
+def weighted_modules(specs: Mapping[str, ParamSpec]) -> set[str]:
+    """Returns the module paths that have a weight."""
+    return {module for spec in specs.values() for module in spec.modules()}
 
 
 def bias_modules(specs: Mapping[str, ParamSpec]) -> dict[str, list[str]]:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,15 @@ def write_config(
     base_name: str,
     revision: str | None,
     fan_in_fan_out: bool = False,
+    base_modules: Collection[str] = (),
 ) -> None:
-    """Writes the file so that PEFT selects exactly the modules of `targets`."""
+    """Writes the file so that PEFT selects exactly the modules of `targets`.
+
+    `base_modules` are the module paths of the base that have a weight.
+    """
     content = {
         **_CONSTANT,
-        **_patterns(targets, config),
+        **_patterns(targets, config, base_modules),
         "base_model_name_or_path": base_name,
         "bias": config.train_bias,
         "fan_in_fan_out": fan_in_fan_out,
@@ -90,7 +94,9 @@ def _sorted_tokens(tokens: Tokens) -> dict[str, list[int]] | list[int]:
     return sorted(tokens)
 
 
-def _patterns(targets: Mapping[str, Target], config: LoraConfig) -> dict[str, Any]:
+def _patterns(
+    targets: Mapping[str, Target], config: LoraConfig, base_modules: Collection[str]
+) -> dict[str, Any]:
     """Selection and exceptions, derived from the targets: by suffix where all layers are alike.
 
     Rules as the user wrote them would be shorter, but PEFT sorts patterns on saving, and then
@@ -115,7 +121,8 @@ def _patterns(targets: Mapping[str, Target], config: LoraConfig) -> dict[str, An
         ]
         alike = len(layers) == len(target.modules) and len({layer[1:] for layer in layers}) == 1
         # Patterns of ranks would take a module's last name for that of a parameter.
-        if alike and (leaf_names if target.nested else last_names).count(leaf_name) == 1:
+        alone = (leaf_names if target.nested else last_names).count(leaf_name) == 1
+        if alike and alone and not _elsewhere(leaf_name, target, base_modules):
             layers = [(leaf_name, *layers[0][1:])]
         for name, rank, alpha in layers:
             (parameters if target.nested else modules).append(name)
@@ -129,6 +136,12 @@ def _patterns(targets: Mapping[str, Target], config: LoraConfig) -> dict[str, An
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
     }
+
+
+def _elsewhere(name: str, target: Target, base_modules: Collection[str]) -> bool:
+    """Whether a module without an adapter has this name too (BERT has a `dense` in many places)."""
+    same_name = {module for module in base_modules if f".{module}".endswith(f".{name}")}
+    return not same_name <= set(target.modules)
 
 
 def _whole(alpha: float) -> int | float:

@@ -12,7 +12,6 @@ from jaxlora.checkpoints.adapter_files import open_adapter
 from jaxlora.checkpoints.fitted import load_base
 from jaxlora.checkpoints.load import read_model_config
 from jaxlora.checkpoints.peft import save_adapter
-from jaxlora.checkpoints.peft_base import has_fan_in
 from jaxlora.checkpoints.peft_config import CONFIG_FILE
 from jaxlora.checkpoints.save import save_model
 from jaxlora.checkpoints.store import CheckpointStore, locate
@@ -75,7 +74,7 @@ def export_weights(config: Config, model: Model, state: Tree, folder: Path) -> N
         revision=config.revision_of_model,
         fingerprint=model.fingerprint or None,
         storage=storage,
-        fan_in_fan_out=has_fan_in(model.specs, targets),
+        specs=model.specs,
         beside=trained_tensors(model.specs, model.parts, trainable["params"]),
     )
     choice = config.chat_template_jinja or config.chat_template
@@ -137,7 +136,7 @@ def _export_adapter(folder: Path, output: Path, base: str | Path | None) -> None
         adapter.targets,
         adapter.config,
         base_name=str(name),
-        fan_in_fan_out=has_fan_in(specs, adapter.targets),
+        specs=specs,
         beside=trained_tensors(specs, adapter.parts, adapter.params),
     )
 

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import ml_dtypes
@@ -11,6 +12,7 @@ from jaxlora.checkpoints.load import read_model_config
 from jaxlora.checkpoints.peft import load_adapter, save_adapter
 from jaxlora.core.errors import UserError
 from jaxlora.lora import LoraConfig, match
+from jaxlora.models.families.read import read_config
 from jaxlora.models.parameters import describe
 
 CONFIGS = {
@@ -234,3 +236,28 @@ def test_diverged_adapter_is_refused_and_the_saved_one_stays(saved, base):
     with pytest.raises(UserError, match=r"layers.1.self_attn.q_proj.lora_B.weight: .*not finite"):
         save_adapter(folder, adapter, targets, CONFIGS["two"], base_name="x")
     assert (folder / "adapter_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("target", ["attention.output.dense", "intermediate.dense", "output.dense"])
+def test_a_name_that_other_modules_have_too_is_written_in_full(tmp_path, target):
+    cfg = read_config({"architectures": ["BertForMaskedLM"], "num_hidden_layers": 2})
+    specs = describe(cfg)
+    every = {path: spec.modules() for path, spec in specs.items() if spec.kind == "linear"}
+    config = LoraConfig(r=2, target_modules=rf".*\.layer\.\d\.{re.escape(target)}")
+    targets = match(every, config, list(every))
+    arrays = {
+        path: {
+            "a": np.zeros((2, *specs[path].shape[:1], 2)),
+            "b": np.zeros((2, 2, specs[path].shape[1])),
+        }
+        for path in targets
+    }
+    save_adapter(tmp_path / "a", arrays, targets, config, base_name="x", specs=specs)
+    chosen = json.loads((tmp_path / "a/adapter_config.json").read_text())["target_modules"]
+    # PEFT's rule: the whole path, or its end after a dot.
+    selected = {
+        module
+        for module in (module for modules in every.values() for module in modules)
+        if any(module == name or module.endswith(f".{name}") for name in chosen)
+    }
+    assert selected == {f"bert.encoder.layer.{layer}.{target}" for layer in range(2)}

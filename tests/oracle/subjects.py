@@ -11,7 +11,6 @@ import numpy as np
 
 from jaxlora.checkpoints.load import QuantSpec, load_params
 from jaxlora.checkpoints.peft import load_adapter, save_adapter
-from jaxlora.checkpoints.peft_base import has_fan_in
 from jaxlora.checkpoints.save import save_model
 from jaxlora.lora import LoraConfig, apply
 from jaxlora.models.parameters import describe
@@ -95,7 +94,7 @@ class Subject:
             targets,
             self.our_config,
             base_name=str(self.folder),
-            fan_in_fan_out=has_fan_in(self.specs, targets),
+            specs=self.specs,
         )
         return folder
 

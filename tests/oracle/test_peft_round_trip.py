@@ -18,7 +18,6 @@ from safetensors.numpy import load_file
 
 from jaxlora.checkpoints.load import load_params, read_model_config
 from jaxlora.checkpoints.peft import load_adapter, save_adapter
-from jaxlora.checkpoints.peft_base import has_fan_in
 from jaxlora.lora import apply
 from jaxlora.models.parameters import describe
 from jaxlora.models.transformer import Transformer, bind
@@ -193,7 +192,7 @@ def trip(request, base, tmp_path_factory):
         home / "ours",
         *first,
         base_name=str(folder),
-        fan_in_fan_out=has_fan_in(specs, first[1]),
+        specs=specs,
     )
 
     with warnings.catch_warnings():
