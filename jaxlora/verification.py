@@ -123,8 +123,10 @@ def _peft_logits(
     written = read_json_object(folder / CONFIG_FILE, "expected an adapter folder")
     config = LoraConfig(**{key: value for key, value in written.items() if key in known})
     model = Peft.from_pretrained(hf, str(folder), config=config, torch_device="cpu").eval()
-    wanted = set(get_peft_model_state_dict(model))
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    # PEFT may add the untouched tables below adapters; it loads as well without.
+    tables = set(get_peft_model_state_dict(model)) - wanted
     stored = set(TensorFiles(folder, "adapter_model").info)
     with torch.no_grad():
         logits = model(torch.from_numpy(probe_tokens(cfg))).logits.numpy()
-    return logits, tuple(sorted(wanted - stored)), tuple(sorted(stored - wanted))
+    return logits, tuple(sorted(wanted - stored)), tuple(sorted(stored - wanted - tables))

@@ -48,7 +48,8 @@ _NO_OP = {
     "data is tokenized once and read from a memory map": """remove_unused_columns dataset_processes
         dataset_num_proc dataset_keep_in_memory dataloader_pin_memory dataloader_num_workers
         dataloader_prefetch_factor dataloader_drop_last""",
-    "the embedding keeps its size": "resize_token_embeddings_to_32x",
+    "the embedding keeps its size": """resize_token_embeddings_to_32x
+        mean_resizing_embeddings""",
     "unknown keys are always errors": "strict",
     "leave adapter out to train every weight": "full_finetune",
     "bf16 sets the compute dtype": "torch_dtype",

@@ -100,6 +100,18 @@ def test_token_rows_train_resume_export_merge(tied_base, run, tmp_path):
     np.testing.assert_array_equal(table[others], before[others])
 
 
+def test_peft_verifies_pairs_on_both_tables_of_a_tied_model(tied_base, run, tmp_path):
+    pytest.importorskip("peft")
+    rule = {
+        "lora_target_linear": None,
+        "lora_target_modules": ["q_proj", "embed_tokens", "lm_head"],
+    }
+    run("run", base_model=str(tied_base), max_steps=2, **rule)
+    verdict = jaxlora.verify(tmp_path / "run")
+    assert verdict.ok, verdict
+    assert verdict.adapter_effect > 0.1
+
+
 def test_only_unfrozen_parameters_move(base, run, tmp_path):
     wanted = ["lm_head.weight$", r"model.layers.1.mlp.up_proj", "model.embed_tokens.weight[20:300]"]
     none = dict.fromkeys(("adapter", "lora_r", "lora_alpha", "lora_target_linear"))
