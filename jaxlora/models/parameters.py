@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxlora.core.tree import Tree, flatten, unflatten
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.families import FAMILIES
+from jaxlora.models.families.row import head_tensor_of
 from jaxlora.models.stacks import make_stacks
 
 # What Hugging Face calls our leaves, unless a family's table names the leaf itself.
@@ -135,7 +136,7 @@ def _named(path: str, spec: ParamSpec, cfg: ModelConfig, layers: dict) -> ParamS
 
 def head_tensor(cfg: ModelConfig) -> str:
     """Returns the name of the head's weight in a checkpoint, also where the embedding serves."""
-    return f"{FAMILIES[cfg.family].names['lm_head']}.weight"
+    return head_tensor_of(FAMILIES[cfg.family])
 
 
 def init_params(cfg: ModelConfig, key: jax.Array, dtype: DTypeLike) -> Tree:

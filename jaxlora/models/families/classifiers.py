@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxlora.models.families.encoders import BERT, MODERNBERT, ROBERTA
-from jaxlora.models.families.row import Family, Fields, Names
+from jaxlora.models.families.row import Family, Fields, Names, head_tensor_of
 
 _HEAD = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
@@ -17,8 +17,7 @@ def _num_labels(fields: Fields) -> int:
 
 def _classifier(row: Family, names: Names, **config: Any) -> Family:
     """`row` with a head of labels; the head it had is left out where a file holds it."""
-    head = row.names["lm_head"]
-    assert isinstance(head, str), head
+    head = head_tensor_of(row).removesuffix(".weight")
     return row.but(
         fields={"id2label": None, "num_labels": None},
         config={"num_labels": _num_labels, **config},
@@ -32,8 +31,9 @@ def _score(row: Family) -> Family:
     return _classifier(row, {"classifier": "score"}, pooling="last", head_bias=False)
 
 
-_SCORED = """Llama Mistral Mixtral Qwen2 Qwen2Moe Qwen3 Qwen3Moe SmolLM3 Olmo2 Phi3 Glm Glm4 Gemma
-    Gemma2 Phi StableLm Starcoder2 GPTNeoX GPT2 Falcon DeepseekV2 DeepseekV3 GptOss""".split()
+_SCORED = """Llama Mistral Mixtral Qwen2 Qwen2Moe Qwen3 Qwen3Moe SmolLM3 Olmo2 Olmo3 SeedOss Phi3
+    Glm Glm4 Gemma Gemma2 Phi StableLm Starcoder2 GPTNeoX GPT2 Falcon DeepseekV2 DeepseekV3
+    GptOss""".split()
 
 
 def rows(decoders: Mapping[str, Family]) -> dict[str, Family]:

@@ -31,7 +31,8 @@ GPT_NEOX = LLAMA.but(
     names={
         "embed": "gpt_neox.embed_in",
         "norm": "gpt_neox.final_layer_norm",
-        "lm_head": "embed_out",
+        "lm_head": "lm_head",  # transformers 5's name for it; in files it kept the older one
+        "lm_head/kernel": "embed_out.weight",
         **layer_names(
             "gpt_neox.layers.{layer}",
             {

@@ -62,6 +62,13 @@ def field(name: str) -> Callable[[Fields], Any]:
     return lambda fields: fields[name]
 
 
+def head_tensor_of(row: Family) -> str:
+    """Returns the name in a checkpoint of the head's weight."""
+    name = row.names.get("lm_head/kernel", f"{row.names['lm_head']}.weight")
+    assert isinstance(name, str), name
+    return name
+
+
 def layer_names(prefix: str, modules: Mapping[str, str]) -> dict[str, str]:
     """Returns names of a layer's modules below `prefix`.
 
