@@ -110,6 +110,15 @@ STARCODER2 = LLAMA.but(
     names=layer_names(
         "model.layers.{layer}", {"mlp/up_proj": "mlp.c_fc", "mlp/down_proj": "mlp.c_proj"}
     ),
+    expected={
+        "mlp_type": ("default",),
+        "norm_type": ("layer_norm",),
+        "scale_attn_weights": (True,),
+    },
+    ignored=frozenset(  # of GPT-BigCode, written beside the fields that are read
+        """activation_function attention_softmax_in_fp32 layer_norm_epsilon
+        scale_attention_softmax_in_fp32""".split()
+    ),
 )
 
 COHERE = LLAMA.but(
@@ -141,6 +150,7 @@ COHERE = LLAMA.but(
         "model.layers.{layer}.self_attn",
         {"attention/q_norm": "q_norm", "attention/k_norm": "k_norm"},
     ),
+    ignored=frozenset(["model_max_length"]),
 )
 
 
@@ -172,7 +182,7 @@ COHERE2 = COHERE.but(
         "use_parallel_block": (True,),
         "use_parallel_embedding": (False,),
     },
-    ignored=frozenset(["layer_switch"]),
+    ignored=frozenset(["layer_switch", "model_max_length"]),
 )
 
 ROWS: dict[str, Family] = {

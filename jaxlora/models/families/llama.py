@@ -153,6 +153,7 @@ SMOLLM3 = LLAMA.but(
             layer for layer, rope in enumerate(_no_rope_types(f)) if not rope
         ),
     },
+    ignored=frozenset(["max_window_layers"]),
 )
 
 GRANITE = LLAMA.but(
