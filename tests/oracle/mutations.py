@@ -13,6 +13,7 @@ UNSEEN = {
     "max_context": "a limit on the data; no arithmetic reads it",
     "family": "the key of the row itself",
     "renamed": "names, mutated as names",
+    "extra_layers": "tensors that are left out; test_deepseek_files has such files",
     "rope_scaling.kind": "with its numbers, as the whole of rope_scaling",
 }
 _NO_DENSE_MLP = {
