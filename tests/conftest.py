@@ -4,10 +4,19 @@ import json
 import math
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_old_programs():
+    """A process that holds some thousand compiled programs runs out of memory maps and crashes."""
+    yield
+    jax.clear_caches()
+
 
 TINY_CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -375,7 +375,7 @@ CASES: dict[str, Case] = {
     "roberta": _encoder("RobertaForMaskedLM", pad_token_id=1, bos_token_id=0, type_vocab_size=1),
     "roberta, gelu_new": _encoder("RobertaForMaskedLM", hidden_act="gelu_new"),
     "roberta, untied": _encoder("RobertaForMaskedLM", tie_word_embeddings=False),
-    "modernbert": _encoder("ModernBertForMaskedLM", num_hidden_layers=5, local_attention=8),
+    "modernbert": _encoder("ModernBertForMaskedLM", num_hidden_layers=4, local_attention=8),
     "modernbert, biases": _encoder(
         "ModernBertForMaskedLM",
         local_attention=6,

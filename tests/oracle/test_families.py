@@ -6,6 +6,7 @@
 import copy
 import warnings
 
+import jax
 import numpy as np
 import pytest
 from family_cases import CASES, CLASSIFIERS, FAST
@@ -44,11 +45,13 @@ def test_every_family_has_a_case():
 
 @pytest.fixture(scope="module")
 def subject_of(make_case, tmp_path_factory):
-    """``subject_of(name) -> Subject``, each made once."""
+    """``subject_of(name) -> Subject``, made once: the tests come case by case (their `scope`)."""
     made: dict[str, Subject] = {}
 
     def get(name: str) -> Subject:
         if name not in made:
+            made.clear()
+            jax.clear_caches()  # a process that holds some thousand compiled programs crashes
             folder = tmp_path_factory.mktemp("subject") / "base"
             made[name] = Subject(make_case(CASES[name], folder=folder), folder)
         return made[name]
@@ -86,7 +89,7 @@ def relative(ours: dict, wanted: dict) -> float:
 
 
 @pytest.mark.column("logits")
-@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("name", ONE_OF_EACH, scope="module")
 def test_logits_equal_transformers(cell, subject_of, name):
     pair = subject_of(name).pair
     wanted = pair.torch_logits(TOKENS)
@@ -99,7 +102,7 @@ def test_logits_equal_transformers(cell, subject_of, name):
 
 @pytest.mark.oracle
 @pytest.mark.column("logits")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES, scope="module")
 def test_logits_equal_transformers_on_another_seed(cell, make_case, name):
     pair = make_case(CASES[name], 1)
     tokens = np.random.default_rng(1).integers(3, 61, TOKENS.shape)
@@ -109,7 +112,7 @@ def test_logits_equal_transformers_on_another_seed(cell, make_case, name):
 
 
 @pytest.mark.column("generation")
-@pytest.mark.parametrize("name", A_FEW)
+@pytest.mark.parametrize("name", A_FEW, scope="module")
 def test_greedy_tokens_with_the_cache_equal_transformers(cell, subject_of, name):
     subject = subject_of(name)
     wanted = greedy_by_transformers(subject.pair.torch_model, PROMPTS, NEW_TOKENS)
@@ -121,7 +124,7 @@ def test_greedy_tokens_with_the_cache_equal_transformers(cell, subject_of, name)
 
 
 @pytest.mark.column("generation")
-@pytest.mark.parametrize("name", A_FEW)
+@pytest.mark.parametrize("name", A_FEW, scope="module")
 def test_logits_of_token_after_token_through_the_cache_equal_transformers(cell, subject_of, name):
     subject = subject_of(name)
     figure = difference(subject.cached_logits(), subject.pair.torch_logits(TOKENS)[:, PREFIX:])
@@ -130,7 +133,7 @@ def test_logits_of_token_after_token_through_the_cache_equal_transformers(cell, 
 
 
 @pytest.mark.column("LoRA gradients")
-@pytest.mark.parametrize("name", A_FEW)
+@pytest.mark.parametrize("name", A_FEW, scope="module")
 def test_lora_gradients_equal_peft(cell, subject_of, name):
     subject = subject_of(name)
     loss, wanted = subject.peft_gradient()
@@ -142,7 +145,7 @@ def test_lora_gradients_equal_peft(cell, subject_of, name):
 
 
 @pytest.mark.column("PEFT round trip")
-@pytest.mark.parametrize("name", A_FEW)
+@pytest.mark.parametrize("name", A_FEW, scope="module")
 def test_adapter_goes_to_peft_and_back_with_equal_logits(cell, subject_of, name):
     subject = subject_of(name)
     ours, wanted = subject.logits(subject.params), torch_logits(subject.peft)
@@ -159,7 +162,7 @@ def test_adapter_goes_to_peft_and_back_with_equal_logits(cell, subject_of, name)
 
 
 @pytest.mark.column("merge")
-@pytest.mark.parametrize("name", A_FEW)
+@pytest.mark.parametrize("name", A_FEW, scope="module")
 def test_merged_model_in_transformers_has_the_logits_of_base_and_adapter(cell, subject_of, name):
     subject = subject_of(name)
     merged = subject.load_in_transformers(subject.merged)
@@ -182,12 +185,12 @@ def check_quantized(subject: Subject, format: str) -> float:
 
 
 @pytest.mark.column("nf4")
-@pytest.mark.parametrize("name", A_FEW)
+@pytest.mark.parametrize("name", A_FEW, scope="module")
 def test_nf4_base_equals_its_dequantized_weights_in_transformers(cell, subject_of, name):
     cell(check_quantized(subject_of(name), "nf4"))
 
 
 @pytest.mark.column("int4")
-@pytest.mark.parametrize("name", A_FEW)
+@pytest.mark.parametrize("name", A_FEW, scope="module")
 def test_int4_base_equals_its_dequantized_weights_in_transformers(cell, subject_of, name):
     cell(check_quantized(subject_of(name), "int4"))
