@@ -338,7 +338,7 @@ def test_merge_writes_gguf_that_generates(run, tmp_path, config_file, capsys):
 
 def test_merge_to_gguf_refuses_before_it_loads(run, tmp_path, capsys, monkeypatch):
     pytest.importorskip("gguf")
-    monkeypatch.delattr("jaxlora.merging.load_params")
+    monkeypatch.delattr("jaxlora.merging.load_base")
     output = str(tmp_path / "merged.gguf")
     # The tiny Llama's tokenizer splits text by a rule of its own.
     assert main(["merge", str(run.folder), "--output", output, "--gguf", "Q8_0"]) == 2
