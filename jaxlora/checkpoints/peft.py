@@ -14,7 +14,7 @@ import numpy as np
 from jaxlora.checkpoints.adapter_files import open_adapter
 from jaxlora.checkpoints.atomic import staged
 from jaxlora.checkpoints.load import QuantSpec
-from jaxlora.checkpoints.peft_base import bias_modules, has_fan_in, weighted_modules
+from jaxlora.checkpoints.peft_base import bias_modules, expert_names, has_fan_in
 from jaxlora.checkpoints.peft_config import CONFIG_FILE, write_config
 from jaxlora.checkpoints.peft_tensors import PREFIX, entries, put, to_peft
 from jaxlora.checkpoints.tensor_view import Tensors
@@ -25,7 +25,12 @@ from jaxlora.lora.config import LoraConfig
 from jaxlora.lora.targets import Target
 from jaxlora.lora.transform import Adapter
 from jaxlora.models.parameters import ParamSpec
-from jaxlora.models.targets import adaptable_modules, adaptable_parameters, targets_of_specs
+from jaxlora.models.targets import (
+    adaptable_modules,
+    adaptable_parameters,
+    targets_of_specs,
+    weights_as_modules,
+)
 
 # In the metadata of the safetensors file, which PEFT does not read.
 _FINGERPRINT = "jaxlora_base"
@@ -101,7 +106,10 @@ def save_adapter(
             base_name=base_name,
             revision=revision,
             fan_in_fan_out=specs is not None and has_fan_in(specs, targets),
-            base_modules=weighted_modules(specs or {}),
+            base_modules={
+                name for each in adaptable_modules(specs or {}).values() for name in each
+            },
+            expert_names=expert_names(specs or {}),
         )
 
 
@@ -181,6 +189,7 @@ def _match(
         [name for names in each.values() for name in names]
         for each in (adaptable_modules(specs), adaptable_parameters(specs))
     )
+    config = weights_as_modules(config, modules)
     in_file = [key.partition(".lora_")[0].removeprefix(PREFIX) for key in files.info]
     try:
         targets = targets_of_specs(specs, _relevant(config, modules, parameters, in_file))

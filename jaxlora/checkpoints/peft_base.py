@@ -11,9 +11,18 @@ def has_fan_in(specs: Mapping[str, ParamSpec], targets: Mapping[str, Target]) ->
     return any(specs[path].kind == "linear" and not specs[path].transposed for path in targets)
 
 
-def weighted_modules(specs: Mapping[str, ParamSpec]) -> set[str]:
-    """Returns the module paths that have a weight."""
-    return {module for spec in specs.values() for module in spec.modules()}
+def expert_names(specs: Mapping[str, ParamSpec]) -> set[str]:
+    """Returns the last module names of experts that a checkpoint holds one by one.
+
+    PEFT takes these names in ``target_modules`` for the fused experts of transformers 5, also where
+    a dense or shared MLP has them; the same module's weight in ``target_parameters`` it leaves be.
+    """
+    return {
+        name.split(".")[-2]
+        for spec in specs.values()
+        if spec.kind == "experts" and spec.parts
+        for name in spec.hf_names
+    }
 
 
 def bias_modules(specs: Mapping[str, ParamSpec]) -> dict[str, list[str]]:

@@ -58,19 +58,24 @@ def write_config(
     revision: str | None,
     fan_in_fan_out: bool = False,
     base_modules: Collection[str] = (),
+    expert_names: Collection[str] = (),
 ) -> None:
     """Writes the file so that PEFT selects exactly the modules of `targets`.
 
-    `base_modules` are the module paths of the base that have a weight.
+    Args:
+      base_modules: module paths of the base that may have an adapter.
+      expert_names: last names that PEFT would take for experts.
     """
+    patterns = _patterns(targets, config, base_modules, expert_names)
     content = {
         **_CONSTANT,
-        **_patterns(targets, config, base_modules),
+        **patterns,
         "base_model_name_or_path": base_name,
         "bias": config.train_bias,
         "fan_in_fan_out": fan_in_fan_out,
         "lora_alpha": _whole(config.alpha),
-        "lora_dropout": config.dropout,
+        # PEFT has none for parameters, and it says nothing about what the adapter computes.
+        "lora_dropout": 0.0 if patterns["target_parameters"] else config.dropout,
         "modules_to_save": list(config.modules_to_save) or None,
         "r": config.r,
         "revision": revision,
@@ -95,7 +100,10 @@ def _sorted_tokens(tokens: Tokens) -> dict[str, list[int]] | list[int]:
 
 
 def _patterns(
-    targets: Mapping[str, Target], config: LoraConfig, base_modules: Collection[str]
+    targets: Mapping[str, Target],
+    config: LoraConfig,
+    base_modules: Collection[str],
+    expert_names: Collection[str],
 ) -> dict[str, Any]:
     """Selection and exceptions, derived from the targets: by suffix where all layers are alike.
 
@@ -122,10 +130,13 @@ def _patterns(
         alike = len(layers) == len(target.modules) and len({layer[1:] for layer in layers}) == 1
         # Patterns of ranks would take a module's last name for that of a parameter.
         alone = (leaf_names if target.nested else last_names).count(leaf_name) == 1
-        if alike and alone and not _elsewhere(leaf_name, target, base_modules):
+        as_weight = not target.nested and leaf_name in expert_names
+        if as_weight:
+            layers = [(f"{module}.weight", rank, alpha) for module, rank, alpha in layers]
+        elif alike and alone and not _elsewhere(leaf_name, target, base_modules):
             layers = [(leaf_name, *layers[0][1:])]
         for name, rank, alpha in layers:
-            (parameters if target.nested else modules).append(name)
+            (parameters if target.nested or as_weight else modules).append(name)
             if rank != config.r:
                 ranks[name] = rank
             if alpha != config.alpha:

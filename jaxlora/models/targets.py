@@ -1,16 +1,19 @@
 """Which weights of a model an adapter's rules select."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jaxlora.lora.config import LoraConfig
 from jaxlora.lora.parameters import match_parameters
-from jaxlora.lora.targets import Target, match
+from jaxlora.lora.targets import Target, is_suffix, match
 from jaxlora.models.parameters import ParamSpec
 
 # The order in which transformers' modules of experts hold their weights.
 _HELD = ("gate_up_proj", "down_proj")
 
 
+_WEIGHT = ".weight"
 # Not linear to PEFT's "all-linear", which leaves them out.
 _TABLES = ("head", "embedding")
 
@@ -64,3 +67,34 @@ def targets_of_specs(specs: Mapping[str, ParamSpec], config: LoraConfig) -> dict
         **match(adaptable_modules(specs), config, stacked, names, tables),
         **match_parameters(parameters, config, stacked=stacked, experts=experts),
     }
+
+
+def weights_as_modules(config: LoraConfig, modules: Sequence[str]) -> LoraConfig:
+    """Returns `config` with linear modules that it names by their weight named as modules.
+
+    An adapter of either is the same, and in PEFT's files has the same tensors.
+
+    >>> config = LoraConfig(target_modules=("q_proj",), target_parameters=("mlp.up_proj.weight",))
+    >>> weights_as_modules(config, ["h.0.q_proj", "h.0.mlp.up_proj"]).target_modules
+    ('q_proj', 'mlp.up_proj')
+    """
+    rules = config.target_parameters
+    moved = {
+        rule: rule.removesuffix(_WEIGHT)
+        for rule in rules
+        if rule.endswith(_WEIGHT)
+        and any(is_suffix(rule.removesuffix(_WEIGHT), module) for module in modules)
+    }
+    if not moved or isinstance(config.target_modules, str):
+        return config
+
+    def renamed(patterns: Mapping[str, Any]) -> dict[str, Any]:
+        return {moved.get(name, name): value for name, value in patterns.items()}
+
+    return dataclasses.replace(
+        config,
+        target_modules=(*config.target_modules, *moved.values()),
+        target_parameters=tuple(rule for rule in rules if rule not in moved),
+        rank_pattern=renamed(config.rank_pattern),
+        alpha_pattern=renamed(config.alpha_pattern),
+    )

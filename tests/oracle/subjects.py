@@ -68,12 +68,14 @@ class Subject:
         # PEFT's wrapper of that task wants a model that can generate.
         task = "CAUSAL_LM" if self.cfg.causal else None
         # PEFT takes fused experts for linear too: it writes them down as parameters, with a rank
-        # and an alpha of their own where two matrices are fused.
+        # and an alpha of their own where two matrices are fused, and leaves out dense MLPs beside
+        # them (`test_linear_layers_beside_experts_go_to_peft` has those).
         theirs = self.peft.peft_config["default"]
+        fused = bool(theirs.target_parameters)
         return LoraConfig(
             r=RANK,
             alpha=ALPHA,
-            target_modules="all-linear",
+            target_modules=tuple(sorted(theirs.target_modules)) if fused else "all-linear",
             target_parameters=tuple(sorted(theirs.target_parameters or ())),
             rank_pattern=dict(theirs.rank_pattern or {}),
             alpha_pattern=dict(theirs.alpha_pattern or {}),

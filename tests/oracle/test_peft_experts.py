@@ -1,6 +1,7 @@
 """Adapters on fused experts and routers (PEFT's ``target_parameters``), through PEFT and back."""
 
 import copy
+import dataclasses
 import functools
 import warnings
 
@@ -15,7 +16,7 @@ from jaxlora.checkpoints.load import QuantSpec, load_params, read_model_config
 from jaxlora.checkpoints.peft import load_adapter, save_adapter
 from jaxlora.checkpoints.save import save_model
 from jaxlora.core.tree import flatten
-from jaxlora.lora import LoraConfig, apply, count
+from jaxlora.lora import LoraConfig, apply, count, init
 from jaxlora.models.parameters import describe
 from jaxlora.models.targets import targets_of_specs
 from jaxlora.models.transformer import Transformer, bind
@@ -208,3 +209,38 @@ def test_our_rules_select_what_peft_selects(subject_of):
         r=4, alpha=8, target_modules=("q_proj", "o_proj"), target_parameters=tuple(BOTH)
     )
     assert targets_of_specs(subject.specs, config) == subject.targets
+
+
+BESIDE = ["qwen3-moe, mixed layers", "qwen2-moe, mixed layers", "deepseek-v2-lite", "deepseek-v3"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(each, marks=[pytest.mark.oracle] * (each != BESIDE[0])) for each in BESIDE],
+)
+def test_linear_layers_beside_experts_go_to_peft(make_case, name, tmp_path):
+    """PEFT takes the names of dense and shared MLPs for experts, if they are given as modules."""
+    pair = make_case(CASES[name])
+    specs, config = describe(pair.cfg), LoraConfig(r=4, alpha=8, dropout=0.1)
+    targets = targets_of_specs(specs, config)
+    assert any("gate_proj" in path for path in targets)
+    rng = np.random.default_rng(0)
+    adapter = {
+        path: {
+            part: 0.1 * rng.standard_normal(x.shape).astype(np.float32) for part, x in each.items()
+        }
+        for path, each in init(pair.params, targets, jax.random.key(0)).items()
+    }
+    save_adapter(tmp_path, adapter, targets, config, base_name="base", specs=specs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT only warns of missing keys
+        theirs = peft.PeftModel.from_pretrained(pair.torch_model, tmp_path).eval()
+    adapted = dataclasses.replace(pair, params=apply(pair.params, adapter, targets))
+    wanted = torch_logits(theirs.double())
+    np.testing.assert_allclose(adapted.logits(TOKENS), wanted, atol=LOGITS)
+    again, read, _ = load_adapter(tmp_path, specs)
+    assert {path: target.modules for path, target in read.items()} == {
+        path: target.modules for path, target in targets.items()
+    }
+    for path, leaf in flatten(again).items():
+        np.testing.assert_array_equal(leaf, flatten(adapter)[path], err_msg=path)
