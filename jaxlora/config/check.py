@@ -8,15 +8,8 @@ from pydantic import ValidationError
 
 from jaxlora.config import rules
 from jaxlora.config.datasets import DatasetConfig
-from jaxlora.config.keys import (
-    DATASET_REFUSED,
-    MAPPED,
-    NO_OP,
-    REFUSED,
-    SYNONYMS,
-    is_live,
-    refusal,
-)
+from jaxlora.config.keys import DATASET_REFUSED, IMPLIED, MAPPED, NO_OP, REFUSED, SYNONYMS
+from jaxlora.config.roles import is_live, refusal
 from jaxlora.config.rules import Path, Problem
 from jaxlora.config.schema import Config
 from jaxlora.config.values import Section
@@ -25,6 +18,9 @@ from jaxlora.core.errors import UserError, did_you_mean
 
 _OURS = frozenset(Config.model_fields) - {"foreign"}
 _DATASETS = ("datasets", "test_datasets")
+_FOREIGN = (*NO_OP, *REFUSED, *MAPPED, *IMPLIED)
+# With these, rows are of kinds that supervised training does not know: one reason is enough.
+_OTHER_TASKS = frozenset(["rl", "reward_model", "process_reward_model"])
 _LEGACY_DATASET_KEYS = ("message_field_role", "message_field_content")
 
 
@@ -42,6 +38,8 @@ def check(raw: Mapping[str, Any], *, where: Callable[[Path], str]) -> Config:
     config, bad = _validate(ours)
     found += bad
     reported = {problem.path[0] for problem in found if problem.path}
+    if reported & _OTHER_TASKS:
+        found = [problem for problem in found if problem.path[0] not in _DATASETS]
     found += [
         problem
         for problem in rules.problems(config)
@@ -75,12 +73,14 @@ def _separate(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
             ours[name] = value
         elif reason := refusal(name, value):
             found.append(Problem((name,), reason))
-        elif name not in NO_OP and name not in REFUSED and name not in MAPPED:
+        elif name not in _FOREIGN:
             found.append(Problem((name,), _unknown(name, ())))
         elif value is not None:
             foreign[name] = value
     for name in foreign.keys() & MAPPED.keys():
         found += _map(ours, name, foreign[name])
+    for name in foreign.keys() & IMPLIED.keys():
+        found += _imply(ours, name, foreign[name])
     for name in _DATASETS:
         ours[name], problems = _without_foreign(name, ours.get(name))
         found += problems
@@ -96,6 +96,17 @@ def _map(ours: dict[str, Any], name: str, value: Any) -> list[Problem]:
     if node.get(last) is not None and node[last] != value:
         return [Problem((name,), f"it means the same as {'.'.join(target)}; set only one")]
     node[last] = value
+    return []
+
+
+def _imply(ours: dict[str, Any], name: str, value: Any) -> list[Problem]:
+    target, implied, _ = IMPLIED[name]
+    if not isinstance(value, bool):
+        return [Problem((name,), f"expected true or false, not {_shown(value)}")]
+    if value and not implied and ours.get(target) is True:
+        return [Problem((name,), f"it contradicts {target}: true", (target,))]
+    if value:
+        ours[target] = implied
     return []
 
 
@@ -189,7 +200,7 @@ def _unknown(name: str, parents: Path) -> str:
 def _known_keys(section: type[Section], prefix: str) -> dict[str, list[str]]:
     """Returns the keys of each section by its dotted name; the top level is ``""``."""
     legacy = (*_LEGACY_DATASET_KEYS, *DATASET_REFUSED) if section is DatasetConfig else ()
-    foreign = (*NO_OP, *REFUSED, *MAPPED) if section is Config else ()
+    foreign = _FOREIGN if section is Config else ()
     fields = {name: field for name, field in section.model_fields.items() if name != "foreign"}
     known = {prefix: [*fields, *legacy, *foreign]}
     for name, field in fields.items():

@@ -1,78 +1,138 @@
 """Axolotl's keys that are not fields of ours: what becomes of each, with the reason.
 
-No-op: the run is the same without it; reported as a note. Refused: the run would not be what the
-file asks, so a live value is an error (null, false, empty or an inert value never is).
-Mapped: another spelling of a key of ours.
+No-op: the trained weights are the same without it; reported as a note. Refused: the run would not
+be what the file asks, so a live value is an error (null, false, empty or an inert value never is).
+Mapped: another spelling of a key of ours. `jaxlora.config.roles` applies these tables.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 _NO_OP = {
     "jaxlora chooses the attention backend by device": """attn_implementation flash_attention
         sdp_attention xformers_attention eager_attention flex_attention sage_attention
         flex_attn_compile_kwargs flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_mlp
-        flash_attn_fuse_qkv flash_optimum gemma4_hybrid_attn_impl""",
+        flash_attn_fuse_qkv flash_attn_d512 flash_optimum gemma4_hybrid_attn_impl
+        large_head_attention sdpa_varlen""",
     "XLA compiles and fuses the whole step": """torch_compile torch_compile_backend
-        torch_compile_mode use_kernels use_scattermoe use_sonicmoe experts_implementation
-        fused_attn_kernel lora_mlp_kernel lora_qkv_kernel lora_o_kernel lora_embedding_kernel
-        liger_rope liger_rms_norm liger_layer_norm liger_glu_activation liger_rms_norm_gated
-        use_dsv4_kernels dsv4_fp4_grouped_mode use_glm_dsa_kernels tiled_mlp""",
+        torch_compile_mode torch_compile_options deepcompile use_kernels use_scattermoe
+        use_sonicmoe experts_implementation expert_backend moe_grouped_backend
+        moe_dequant_chunk_size moe_bnb_fast fused_attn_kernel lora_mlp_kernel lora_qkv_kernel
+        lora_o_kernel lora_embedding_kernel liger_rope liger_rms_norm liger_layer_norm
+        liger_glu_activation liger_swiglu liger_rms_norm_gated liger_kernel_impl use_dsv4_kernels
+        dsv4_fp4_grouped_mode dsv4_fp8_lora_kernel dsv4_shared_mlp_lora_kernel use_glm_dsa_kernels
+        tiled_mlp tiled_mlp_num_shards tiled_mlp_use_original_mlp unsloth_cross_entropy_loss
+        unsloth_lora_mlp unsloth_lora_qkv unsloth_lora_o unsloth_rms_norm unsloth_rope""",
     "the cross-entropy is always computed in chunks": """cut_cross_entropy chunked_cross_entropy
-        liger_fused_linear_cross_entropy liger_cross_entropy""",
+        chunked_cross_entropy_num_chunks liger_fused_linear_cross_entropy liger_cross_entropy""",
     "the mesh key lays out the devices; by default fsdp takes them all": """fsdp fsdp_config
         fsdp_version fsdp_final_state_dict_type deepspeed ddp ddp_find_unused_parameters ddp_timeout
-        ddp_bucket_cap_mb ddp_broadcast_buffers accelerator_config device_map local_rank
+        ddp_bucket_cap_mb ddp_broadcast_buffers accelerator_config device_map device local_rank
         world_size use_ray ray_num_workers ray_run_name resources_per_worker""",
     "no remote code is ever run; the architecture must be one that jaxlora knows": """
         trust_remote_code""",
-    "the architecture is read from config.json": "model_type is_llama_derived_model",
+    "the architecture is read from config.json": """model_type type_of_model cls_model_config
+        is_llama_derived_model is_falcon_derived_model is_mistral_derived_model
+        is_qwen_derived_model""",
     "the tokenizer is read from its own files": """tokenizer_type tokenizer_use_fast
         tokenizer_legacy tokenizer_use_mistral_common""",
+    "the chat template is always saved in the tokenizer's folder": "tokenizer_save_jinja_files",
     "activations are recomputed or kept on the device": """gradient_checkpointing_kwargs
-        activation_offloading""",
+        activation_offloading selective_checkpointing""",
     "weights are streamed from safetensors and quantized one by one": """low_cpu_mem_usage
         torchdistx_path experimental_skip_move_to_device quantize_moe_experts max_memory
-        gpu_memory_limit lora_on_cpu""",
+        gpu_memory_limit lora_on_cpu layer_offloading ple_cpu_offload
+        qlora_sharded_model_loading""",
+    "how the base is stored is read from its files": "gptq gptq_groupsize gptq_model_v1",
     "the layout of the weights is known": "lora_fan_in_fan_out",
+    "adapters and optimizer states are always float32": """peft_autocast_adapter_dtype
+        embeddings_skip_upcast""",
+    "norms are always computed in float32": "fp32_norms fp32_norm_classes",
+    "use `jaxlora merge` after training": "merge_lora merge_method",
+    "use `jaxlora chat` after training": """gradio_title gradio_share gradio_server_name
+        gradio_server_port gradio_max_new_tokens gradio_temperature""",
     "checkpoints always hold the optimizer, and weights are always safetensors": """save_only_model
         save_safetensors""",
+    "checkpoints come as saves_per_epoch and save_steps say, and on Ctrl-C": """save_first_step
+        dynamic_checkpoint""",
     "nothing is uploaded; use `hf upload` on the output folder": """hub_model_id hub_strategy
-        hub_revision push_dataset_to_hub wandb_log_model""",
+        hub_revision push_dataset_to_hub wandb_log_model hf_mlflow_log_artifacts""",
     "the login of the hub's own client is used": "hf_use_auth_token",
     "gradients and weights are not sent to Weights & Biases": "wandb_watch",
+    "metrics go to metrics.jsonl, TensorBoard and Weights & Biases": """use_swanlab swanlab_project
+        swanlab_experiment_name swanlab_description swanlab_mode swanlab_workspace
+        swanlab_log_model swanlab_log_completions swanlab_completion_log_interval
+        swanlab_completion_max_buffer swanlab_api_key swanlab_web_host swanlab_api_host
+        swanlab_lark_webhook_url swanlab_lark_secret use_trackio trackio_project_name
+        trackio_run_name trackio_space_id use_mlflow mlflow_tracking_uri mlflow_experiment_name
+        mlflow_run_name use_comet comet_api_key comet_workspace comet_project_name
+        comet_experiment_key comet_mode comet_online comet_experiment_config use_otel_metrics
+        otel_metrics_host otel_metrics_port""",
+    "tokens per second are always logged": "include_tokens_per_second include_tkps",
+    "no answers are sampled while training; eval_exact_match: true scores some": """generate_samples
+        num_generation_samples generation_max_new_tokens generation_temperature generation_top_p
+        generation_top_k generation_prompt_ratio generation_do_sample eval_table_size""",
+    "memory is XLA's; nothing is collected or profiled step by step": """gc_steps gc_collect_steps
+        torch_empty_cache_steps profiler_steps profiler_steps_start""",
+    "out of memory is an error; lower micro_batch_size": "auto_find_batch_size",
     "packing is planned exactly, row by row": """sample_packing_eff_est total_num_tokens
         sample_packing_group_size sample_packing_bin_size sample_packing_sequentially
-        sample_packing_seq_len_multiplier max_packed_sequence_len pretrain_multipack_attn
-        streaming_multipack_buffer_size""",
+        sample_packing_seq_len_multiplier sample_packing_mp_start_method max_packed_sequence_len
+        pretrain_multipack_attn pretrain_multipack_buffer_size streaming_multipack_buffer_size
+        multipack_real_batches batch_flattening pad_to_multiple_of""",
     "data is tokenized once and read from a memory map": """remove_unused_columns dataset_processes
         dataset_num_proc dataset_keep_in_memory dataloader_pin_memory dataloader_num_workers
-        dataloader_prefetch_factor dataloader_drop_last""",
+        dataloader_prefetch_factor dataloader_drop_last num_dataset_shards_to_save
+        preprocess_iterable""",
+    "shuffle_merged_datasets sets the order": "shuffle_before_merging_datasets",
     "the embedding keeps its size": """resize_token_embeddings_to_32x
         mean_resizing_embeddings""",
     "unknown keys are always errors": "strict",
     "leave adapter out to train every weight": "full_finetune",
     "bf16 sets the compute dtype": "torch_dtype",
     "it is in no schema of Axolotl and has no effect there; use cosine_min_lr_ratio": "eta_min",
-    "it only matters with a key that jaxlora refuses": """gptq_groupsize gptq_model_v1
-        gptq_disable_exllama fp8_enable_fsdp_float8_all_gather relora_prune_ratio
-        relora_cpu_offload swanlab_project swanlab_experiment_name swanlab_description swanlab_mode
-        swanlab_workspace swanlab_log_model swanlab_log_completions swanlab_completion_log_interval
-        swanlab_completion_max_buffer trackio_run_name trackio_space_id otel_metrics_host
-        otel_metrics_port expert_parallel_num_nvl_bytes expert_parallel_token_capacity
-        eaft_alpha eaft_k lisa_step_interval lisa_layers_attribute""",
-    "use `jaxlora preprocess` to look at the data": "debug base_model_ignore_patterns",
+    "it is in no schema of Axolotl and has no effect there": """test_value
+        base_model_ignore_patterns""",
+    "Axolotl fills it in itself": """capabilities env_capabilities axolotl_config_path is_preprocess
+        total_supervised_tokens""",
+    "it only matters with rl or a reward model": """rl_beta dpo_beta trl vllm ebft
+        center_rewards_coefficient kto_desirable_weight kto_undesirable_weight orpo_alpha rpo_alpha
+        cpo_alpha simpo_gamma dpo_use_weighting dpo_label_smoothing dpo_loss_type dpo_loss_weights
+        dpo_use_liger_kernel dpo_padding_free dpo_use_logits_to_keep dpo_generate_during_eval
+        dpo_norm_loss precompute_ref_log_probs max_prompt_len""",
+    "it only matters with a key that jaxlora refuses": """gptq_disable_exllama
+        fp8_enable_fsdp_float8_all_gather fp8_config nvfp4_merge_aware_start_step
+        relora_prune_ratio relora_prune_method relora_cpu_offload jagged_restart_warmup_steps
+        jagged_restart_anneal_steps expert_parallel_num_nvl_bytes expert_parallel_num_rdma_bytes
+        expert_parallel_token_capacity expert_parallel_backend
+        expert_parallel_fallback_on_unsupported heads_k_stride ring_attn_func eaft_alpha eaft_k
+        lisa_step_interval lisa_layers_attribute pose_split_on_token_ids pose_max_context_len
+        pose_num_chunks scaling_softmax_factor scaling_softmax_bias image_size
+        image_resize_algorithm processor_kwargs role_boundaries pretraining_sample_concatenation
+        bench_dataset bench_split metric_for_best_model greater_is_better""",
+    "it only matters with an optimizer or a scheduler that jaxlora refuses": """optim_target_modules
+        lr_div_factor adam_epsilon2 adam_beta3 dion_lr dion_momentum dion_rank_fraction
+        dion_rank_multiple_of qgalore_rank qgalore_update_proj_gap qgalore_scale qgalore_proj_type
+        qgalore_proj_quant qgalore_proj_bits qgalore_proj_group_size qgalore_cos_threshold
+        qgalore_gamma_proj qgalore_queue_size""",
+    "it only matters with a plugin that jaxlora refuses": """diffusion mora hatchery dense_mixer
+        llmcompressor lm_eval_tasks lm_eval_batch_size lm_eval_post_train lm_eval_model
+        nemo_gym_enabled nemo_gym_dir nemo_gym_auto_clone nemo_gym_config_paths nemo_gym_head_port
+        nemo_gym_server_timeout nemo_gym_verify_timeout nemo_gym_run_timeout nemo_gym_datasets
+        nemo_gym_auto_start nemo_gym_model_name nemo_gym_multi_turn nemo_gym_max_turns kd_ce_alpha
+        kd_alpha kd_temperature kd_temperature_min kd_beta kd_normalize_topk kd_online_server
+        kd_online_server_base_url kd_online_topk kd_online_timeout spectrum_top_fraction
+        spectrum_model_name grokfast_alpha grokfast_lamb""",
+    "use `jaxlora preprocess` to look at the data": "debug",
 }
 
 _REFUSED = {
-    "float16 overflows without loss scaling; use bf16: true": "fp16 float16",
-    "only supervised fine-tuning is available": """rl rl_beta trl vllm ebft reward_model
-        process_reward_model num_labels center_rewards_coefficient kto_desirable_weight
-        kto_undesirable_weight orpo_alpha dpo_use_weighting simpo_gamma diffusion""",
+    "preference and reward training are not available": "rl reward_model process_reward_model",
+    "only supervised fine-tuning is available": "num_labels kd_trainer",
     "only text models are available": "processor_type freeze_mm_modules skip_prepare_dataset",
-    "not available; use quantization: int4, nf4 or int8": """gptq qat quantization_config
-        model_quantization_config model_quantization_config_kwargs llmcompressor fp8
-        use_onebitllms nvfp4_merge_aware llama4_linearized_experts""",
+    "not available; use quantization: int4, nf4 or int8": """qat quantization_config
+        model_quantization_config model_quantization_config_kwargs fp8 use_onebitllms
+        nvfp4_merge_aware nonexpert_quantization gemma4_fp8_nonexpert gemma4_nf4_nonexpert
+        dsv4_fp8_nonexpert_mode dsv4_bf16_all llama4_linearized_experts""",
     "context parallelism is not available; raise mesh.fsdp and use remat": """context_parallel_size
         sequence_parallel_degree""",
     "experts are not spread over devices": "expert_parallel_size",
@@ -80,31 +140,44 @@ _REFUSED = {
         streaming""",
     "not available; remove duplicates or short rows from the file": """dataset_exact_deduplication
         min_sample_len""",
-    "not available; sample_packing wastes less": "group_by_length curriculum_sampling",
+    "not available; use split, for instance train[:10%]": "dataset_shard_num dataset_shard_idx",
+    "not available; sample_packing wastes less": "group_by_length",
+    "not available; set shuffle_merged_datasets: false in a file that is in order already": """
+        curriculum_sampling""",
     "not available; the vocabulary stays as it is": """tokens added_tokens_overrides
-        fix_untrained_tokens""",
+        fix_untrained_tokens shrink_embeddings""",
     "not available; learning_rate holds for every weight": """lr_groups embedding_lr
         embedding_lr_scale""",
-    "not available; leave it out": """s2_attention neftune_noise_alpha relora jagged_restart_steps
-        jagged_restart_warmup_steps jagged_restart_anneal_steps lisa_n_layers use_eaft
+    "not available; change the model's config.json": """model_config overrides_of_model_config
+        model_kwargs overrides_of_model_kwargs rope_scaling""",
+    "not available; write it into the data or a chat_template_jinja": """chat_template_kwargs
+        default_system_message""",
+    "not available; sequence_len holds for evaluation too": "eval_sequence_len",
+    "not available; use jaxlora export for an earlier checkpoint": "load_best_model_at_end",
+    "no code of others is ever run": "trainer_cls",
+    "not available; leave it out": """s2_attention neftune_noise_alpha noisy_embedding_alpha relora
+        jagged_restart_steps lisa_n_layers use_eaft use_pose scaling_softmax
+        liger_use_token_scaling peft_layer_replication peft_ensure_weight_tying
         cosine_constant_lr_ratio lr_quadratic_warmup lr_scheduler_kwargs optim_args
-        model_config cls_model_config
-        overrides_of_model_config overrides_of_model_kwargs model_kwargs eval_causal_lm_metrics
-        do_causal_lm_eval eval_table_size""",
+        eval_causal_lm_metrics do_causal_lm_eval do_bench_eval""",
     "not available; a run ends after num_epochs or max_steps": """early_stopping_patience
         loss_watchdog_threshold loss_watchdog_patience""",
-    "not available; metrics go to metrics.jsonl, TensorBoard and Weights & Biases": """use_swanlab
-        trackio_project_name use_trackio use_mlflow use_comet use_otel_metrics""",
+    "not available; only plugins that merely speed Axolotl up, or log, are accepted": "plugins",
 }
 
 _DATASET_REFUSED = {
     "not available; only whole turns of roles_to_train are trained": """train_on_eot
         message_field_training message_field_training_detail""",
     "not available; leave it out": """field_tools field_thinking template_thinking_key
-        split_thinking drop_system_message temperature""",
+        split_thinking drop_system_message temperature logprobs_field""",
     "not available; use split, for instance train[:10%]": "shards shards_idx preprocess_shards",
-    "no remote code is ever run": "trust_remote_code",
-    "not available; use type: chat_template and message_property_mappings": "conversation",
+    "no code of others is ever run": "trust_remote_code input_transform",
+    "not available; use type: chat_template and message_property_mappings": """conversation
+        field_human field_model input_format""",
+    "preference and reward training are not available": """field_chosen field_rejected
+        step_separator max_completion_length train_on_last_step_only""",
+    "Axolotl's synthetic data are not available; write a file": """length sequence_length
+        min_input_id max_input_id seed""",
 }
 
 MAPPED: Mapping[str, tuple[str, ...]] = {
@@ -117,6 +190,13 @@ MAPPED: Mapping[str, tuple[str, ...]] = {
     "tensor_parallel_size": ("mesh", "tensor"),
 }
 """Key: path of our key that means the same."""
+
+IMPLIED: Mapping[str, tuple[str, bool, str]] = {
+    "fp16": ("bf16", True, "float16 would need its loss scaled"),
+    "float16": ("bf16", True, "float16 would need its loss scaled"),
+    "float32": ("bf16", False, ""),
+}
+"""Flag: our key that it sets when true, the value, and why it is not taken as it is."""
 
 SYNONYMS: Mapping[str, str] = {
     "model": "base_model",
@@ -154,53 +234,15 @@ SYNONYMS: Mapping[str, str] = {
 }
 """Names that other programs use: our key."""
 
-# Live-looking values that ask for nothing.
-_INERT: Mapping[str, Any] = {
-    "context_parallel_size": 1,
-    "sequence_parallel_degree": 1,
-    "expert_parallel_size": 1,
-}
-
-# Plugins that only make the same computation faster on NVIDIA GPUs.
-_SPEED_PLUGINS = ("cut_cross_entropy", "liger", "kernels", "expert_parallel")
-
 
 def _by_key(reasons: Mapping[str, str]) -> dict[str, str]:
     return {key: reason for reason, keys in reasons.items() for key in keys.split()}
 
 
-NO_OP: Mapping[str, str] = _by_key(_NO_OP) | {"plugins": "XLA compiles and fuses the whole step"}
+NO_OP: Mapping[str, str] = _by_key(_NO_OP)
 """Key: why it changes nothing."""
 REFUSED: Mapping[str, str] = _by_key(_REFUSED)
 """Key: why a live value is an error, and what to do."""
 
 DATASET_REFUSED: Mapping[str, str] = _by_key(_DATASET_REFUSED)
 """The same for the keys of a data set."""
-
-
-def is_live(key: str, value: Any) -> bool:
-    """Returns whether `value` asks for anything.
-
-    >>> is_live("gptq", False), is_live("rl", "dpo"), is_live("context_parallel_size", 1)
-    (False, True, False)
-    """
-    inert = _INERT.get(key)
-    return bool(value) and not (value == inert and type(value) is type(inert))
-
-
-def refusal(key: str, value: Any) -> str | None:
-    """Returns why `key: value` is an error, or None."""
-    if key == "plugins":
-        return _plugin_refusal(value)
-    return REFUSED[key] if key in REFUSED and is_live(key, value) else None
-
-
-def _plugin_refusal(value: Any) -> str | None:
-    plugins = value if isinstance(value, list | tuple) else [value]
-    speed = tuple(f"axolotl.integrations.{name}." for name in _SPEED_PLUGINS)
-    for name in filter(None, plugins):
-        if not f"{name}.".startswith(speed):
-            return (
-                f"{name} is not available; only plugins that merely speed Axolotl up are accepted"
-            )
-    return None

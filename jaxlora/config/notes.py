@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from jaxlora.config import derived
-from jaxlora.config.keys import MAPPED, NO_OP, is_live
+from jaxlora.config.keys import IMPLIED, MAPPED
+from jaxlora.config.roles import is_live, no_effect
 from jaxlora.config.schema import Config
 
 
@@ -15,10 +16,22 @@ def notes(config: Config) -> list[str]:
 
 def _foreign(config: Config) -> Iterator[str]:
     for key, value in config.foreign.items():
-        if key in MAPPED:
-            yield f"{key}: read as {'.'.join(MAPPED[key])}"
-        elif key in NO_OP and is_live(key, value):
-            yield f"{key}: no effect: {NO_OP[key]}"
+        if is_live(key, value):
+            yield f"{key}: {read_as(key) or f'no effect: {no_effect(key, value)}'}"
+
+
+def read_as(key: str) -> str | None:
+    """Returns what a key that is mapped or implies another is read as, else None.
+
+    >>> read_as("dp_shard_size"), read_as("strict")
+    ('read as mesh.fsdp', None)
+    """
+    if key in MAPPED:
+        return f"read as {'.'.join(MAPPED[key])}"
+    if key not in IMPLIED:
+        return None
+    target, value, why = IMPLIED[key]
+    return f"read as {target}: {str(value).lower()}{why and f'; {why}'}"
 
 
 def _data(config: Config) -> Iterator[str]:
@@ -26,6 +39,8 @@ def _data(config: Config) -> Iterator[str]:
         for i, entry in enumerate(getattr(config, key)):
             if entry.ds_type is not None:
                 yield f"{key}[{i}].ds_type: no effect: the suffix of a file tells its format"
+    if config.evals_per_epoch and not derived.has_held_out(config):
+        yield "evals_per_epoch: no effect: no data is held out (val_set_size, test_datasets)"
 
 
 def _training(config: Config) -> Iterator[str]:

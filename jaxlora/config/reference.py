@@ -14,7 +14,8 @@ from jaxlora.config.datasets import (
     PromptFormat,
     SpecialTokens,
 )
-from jaxlora.config.keys import DATASET_REFUSED, MAPPED, NO_OP, REFUSED
+from jaxlora.config.keys import DATASET_REFUSED, IMPLIED, MAPPED, NO_OP, REFUSED
+from jaxlora.config.notes import read_as
 from jaxlora.config.schema import SECTIONS
 from jaxlora.config.values import Section
 from jaxlora.config.wording import expected, section_of
@@ -48,7 +49,7 @@ def markdown() -> str:
     parts = [_INTRODUCTION]
     parts += [f"## {section.__doc__}\n\n{_table(section)}" for section in SECTIONS]
     parts += [f"## {title}\n\n{_table(section)}" for title, section in _NESTED.items()]
-    mapped = {key: f"read as `{'.'.join(path)}`" for key, path in MAPPED.items()}
+    mapped = {key: read_as(key) or "" for key in (*MAPPED, *IMPLIED)}
     parts.append(f"## Other names\n\n{_reasons(mapped)}")
     title = "## Axolotl's keys that change nothing here\n\nAccepted, with a note.\n"
     parts.append(f"{title}\n{_reasons(NO_OP)}")
@@ -86,5 +87,8 @@ def _default(field: FieldInfo) -> str:
 
 
 def _reasons(reasons: Mapping[str, str]) -> str:
-    rows = "".join(f"| `{key}` | {reason} |\n" for key, reason in sorted(reasons.items()))
-    return f"| key | reason |\n|---|---|\n{rows}"
+    keys: dict[str, list[str]] = {}
+    for key, reason in sorted(reasons.items()):
+        keys.setdefault(reason, []).append(f"`{key}`")
+    rows = "".join(f"| {', '.join(names)} | {reason} |\n" for reason, names in keys.items())
+    return f"| keys | what becomes of them |\n|---|---|\n{rows}"

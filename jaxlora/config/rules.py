@@ -57,7 +57,6 @@ def _held_out(config: Config) -> Iterator[Problem]:
     held_out = ("val_set_size", "test_datasets")
     if not derived.has_held_out(config):
         asked = {
-            "evals_per_epoch": config.evals_per_epoch,
             "eval_steps": config.eval_steps,
             "eval_strategy": config.eval_strategy not in (None, "no"),
             "eval_exact_match": config.eval_exact_match,

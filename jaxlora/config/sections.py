@@ -26,6 +26,7 @@ from jaxlora.config.values import (
     Section,
     Share,
     Size,
+    Steps,
     Strategy,
     Text,
     Whole,
@@ -176,7 +177,7 @@ class TrainingKeys(Section):
     """Shape of the learning rate after the warm-up."""
     cosine_min_lr_ratio: Share | None = None
     """Share of `learning_rate` at which the cosine ends; null: 0."""
-    warmup_steps: Natural | None = None
+    warmup_steps: Steps | None = None
     """Steps of linear warm-up; null: 3 % of the run, 100 at most."""
     warmup_ratio: Share | None = None
     """The same as a share of the run."""

@@ -4,7 +4,7 @@ import string
 import pytest
 from minimal_configs import LORA, MINIMAL
 
-from jaxlora.config.keys import MAPPED, NO_OP, REFUSED
+from jaxlora.config.keys import IMPLIED, MAPPED, NO_OP, REFUSED
 from jaxlora.config.load import load_config
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError
@@ -17,11 +17,11 @@ def error_of(values):
 
 
 def test_every_problem_of_a_file_is_reported_at_once():
-    values = LORA | {"lora_rr": 1, "fp16": True, "micro_batch_size": 0, "warmup_steps": 0.1}
+    values = LORA | {"lora_rr": 1, "qat": {"x": 1}, "micro_batch_size": 0, "warmup_steps": 0.1}
     values |= {"load_in_4bit": True, "load_in_8bit": True, "bf16": "maybe"}
     values["datasets"] = [{"type": "sharegpt"}, 3]
     lines = error_of(values).splitlines()
-    top = {"lora_rr", "fp16", "micro_batch_size", "warmup_steps", "load_in_8bit", "bf16"}
+    top = {"lora_rr", "qat", "micro_batch_size", "warmup_steps", "load_in_8bit", "bf16"}
     nested = {"datasets[0].path", "datasets[0].type", "datasets[1]"}
     assert {line.split(": ")[1] for line in lines} == top | nested
     assert len(lines) == 9
@@ -72,7 +72,7 @@ def mistyped(name, rng):
 
 def test_typos_of_any_key_are_refused_and_suggest_it():
     rng = random.Random(0)
-    known = [*(set(Config.model_fields) - {"foreign"}), *NO_OP, *REFUSED, *MAPPED]
+    known = [*(set(Config.model_fields) - {"foreign"}), *NO_OP, *REFUSED, *MAPPED, *IMPLIED]
     known = sorted(name for name in known if len(name) > 4)
     typos = [(name, mistyped(name, rng)) for name in rng.choices(known, k=220)]
     typos = [(name, typo) for name, typo in typos if typo not in known]

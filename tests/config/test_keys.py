@@ -1,22 +1,42 @@
 import re
+from pathlib import Path
 
 import pytest
 from minimal_configs import MINIMAL
 
 from jaxlora.config import keys
+from jaxlora.config.datasets import DatasetConfig
 from jaxlora.config.load import load_config
 from jaxlora.config.notes import notes
+from jaxlora.config.roles import is_live, no_effect, refusal
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError
+
+LISTS = (Path(__file__).parent / "axolotl_keys.txt").read_text().split("\n\n")[1:]
+AXOLOTL, AXOLOTL_DATASET = (text.split() for text in LISTS)
+SPEED = "axolotl.integrations.liger.LigerPlugin"
+
+
+def test_every_key_of_axolotl_has_exactly_one_role():
+    roles = [Config.model_fields, keys.NO_OP, keys.REFUSED, keys.MAPPED, keys.IMPLIED]
+    assert len(AXOLOTL) > 490
+    assert {name: sum(name in role for role in roles) for name in AXOLOTL} == dict.fromkeys(
+        AXOLOTL, 1
+    )
+
+
+def test_every_key_of_axolotls_data_sets_has_exactly_one_role():
+    legacy = ("message_field_role", "message_field_content")
+    roles = [DatasetConfig.model_fields, keys.DATASET_REFUSED, legacy]
+    assert len(AXOLOTL_DATASET) > 40
+    for name in AXOLOTL_DATASET:
+        assert sum(name in role for role in roles) == 1, name
 
 
 @pytest.mark.parametrize("key", sorted(keys.NO_OP))
 def test_no_op_key_is_accepted_and_noted(key):
-    value = ["axolotl.integrations.liger.LigerPlugin"] if key == "plugins" else True
-    assert any(
-        line.startswith(f"{key}: no effect: ")
-        for line in notes(load_config(MINIMAL | {key: value}))
-    )
+    (line,) = notes(load_config(MINIMAL | {key: True}))
+    assert line == f"{key}: no effect: {keys.NO_OP[key]}"
 
 
 @pytest.mark.parametrize("key", sorted(keys.REFUSED))
@@ -27,8 +47,87 @@ def test_refused_key_is_accepted_when_it_asks_for_nothing(key, value):
 
 @pytest.mark.parametrize("key", sorted(keys.REFUSED))
 def test_refused_key_is_an_error_when_live(key):
-    with pytest.raises(UserError, match=f"^configuration: {key}: {re.escape(keys.REFUSED[key])}$"):
+    reason = re.escape(keys.REFUSED[key])
+    with pytest.raises(UserError, match=f"^configuration: {key}: (2: )?{reason}$"):
         load_config(MINIMAL | {key: 2})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("plugins", [SPEED, "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin"]),
+        ("plugins", ["axolotl.integrations.swanlab.SwanLabPlugin"]),
+        ("model_config", {"output_router_logits": True}),
+        ("optim_args", {"bf16_stochastic_round": True}),
+        ("optim_args", "bf16_stochastic_round=True"),
+        ("model_quantization_config", "Mxfp4Config"),
+        ("model_quantization_config_kwargs", {"dequantize": True}),
+    ],
+)
+def test_harmless_value_of_a_refused_key_is_noted(key, value):
+    (line,) = notes(load_config(MINIMAL | {key: value}))
+    assert re.fullmatch(f"{key}: no effect: .+", line)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "part"),
+    [
+        ("plugins", [SPEED, "my.Plugin"], "my.Plugin"),
+        ("plugins", ["axolotl.integrations.ligerish.Plugin"], "axolotl.integrations.ligerish"),
+        ("model_config", {"output_router_logits": True, "rope_theta": 1e6}, "rope_theta"),
+        ("optim_args", "eps=1e-3,bf16_stochastic_round=True", "eps"),
+        ("model_quantization_config", "FineGrainedFP8Config", "FineGrainedFP8Config"),
+    ],
+)
+def test_other_parts_of_a_refused_key_are_named(key, value, part):
+    with pytest.raises(UserError, match=f"^configuration: {key}: {part}.*: not available"):
+        load_config(MINIMAL | {key: value})
+
+
+@pytest.mark.parametrize("key", ["peft_autocast_adapter_dtype", "save_safetensors"])
+def test_false_asks_for_something_where_the_default_is_true(key):
+    assert is_live(key, False)
+    assert len(notes(load_config(MINIMAL | {key: False}))) == 1
+
+
+def test_a_key_that_asks_for_nothing_is_neither_refused_nor_noted():
+    for key, value in {"qat": None, "fsdp": [], "context_parallel_size": 1, "rl": ""}.items():
+        assert refusal(key, value) is None
+        assert no_effect(key, value) == "it asks for nothing"
+        assert notes(load_config(MINIMAL | {key: value})) == []
+
+
+@pytest.mark.parametrize("task", [{"rl": "dpo"}, {"reward_model": True}])
+def test_another_task_is_the_one_reason_whatever_its_data(task):
+    rows = {"path": "x", "type": "chat_template.argilla_chat", "field_chosen": "chosen"}
+    with pytest.raises(UserError) as error:
+        load_config(MINIMAL | task | {"rl_beta": 0.1, "datasets": [rows]})
+    assert str(error.value) == (
+        f"configuration: {next(iter(task))}: preference and reward training are not available"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "bf16"),
+    [
+        ({"fp16": True, "bf16": False}, True),
+        ({"float16": True}, True),
+        ({"float32": True, "bf16": "auto"}, False),
+        ({"fp16": False, "bf16": "auto"}, "auto"),
+    ],
+)
+def test_other_precisions_are_read_as_the_nearest(given, bf16):
+    config = load_config(MINIMAL | given)
+    assert config.bf16 == bf16
+    flag, value = next(iter(given.items()))
+    assert (notes(config) != []) == value
+    assert all(line.startswith(f"{flag}: read as bf16: ") for line in notes(config))
+
+
+@pytest.mark.parametrize("given", [{"float32": True, "bf16": True}, {"fp16": "yes please"}])
+def test_precision_that_contradicts_is_refused(given):
+    with pytest.raises(UserError, match=f"^configuration: {next(iter(given))}: "):
+        load_config(MINIMAL | given)
 
 
 @pytest.mark.parametrize("key", sorted(keys.DATASET_REFUSED))
@@ -58,13 +157,8 @@ def test_mapped_key_means_ours_and_may_not_contradict_it(key, value, ours):
         load_config(MINIMAL | ours | {key: other})
 
 
-def test_plugins_other_than_speed_are_refused():
-    with pytest.raises(UserError, match=r"plugins: my\.Plugin is not available"):
-        load_config(MINIMAL | {"plugins": ["axolotl.integrations.liger.LigerPlugin", "my.Plugin"]})
-
-
 def test_each_key_has_one_role():
-    roles = [Config.model_fields, keys.NO_OP, keys.REFUSED, keys.MAPPED]
+    roles = [Config.model_fields, keys.NO_OP, keys.REFUSED, keys.MAPPED, keys.IMPLIED]
     names = [name for role in roles for name in role]
     assert len(names) == len(set(names))
     assert set(keys.SYNONYMS).isdisjoint(names)

@@ -13,6 +13,7 @@ TARGETS = LORA | {"lora_target_linear": True}
         (MINIMAL | {"optimizer": "adamw_bnb_8bit"}, "optimizer: adamw_bnb_8bit is read as adamw;"),
         (MINIMAL | {"optimizer": "paged_adamw_32bit"}, "optimizer: paged_adamw_32bit is read as"),
         (MINIMAL | {"gradient_checkpointing": "offload"}, "gradient_checkpointing: read as remat"),
+        (MINIMAL | {"evals_per_epoch": 1}, "evals_per_epoch: no effect: no data is held out"),
         (MINIMAL | {"lora_r": 8}, "lora_r: no effect: adapter is not set"),
         (LORA, "lora_target_modules: not set"),
         (TARGETS | {"lora_target_modules": ["q_proj"]}, "lora_target_modules: no effect"),

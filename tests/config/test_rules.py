@@ -10,7 +10,6 @@ LOFTQ = {"peft": {"loftq_config": {"loftq_bits": 4}}}
 CONFLICTS = [
     ("val_set_size", {"val_set_size": 1.5}),
     ("val_set_size", HELD_OUT | {"test_datasets": MINIMAL["datasets"]}),
-    ("evals_per_epoch", {"evals_per_epoch": 1}),
     ("eval_steps", {"eval_steps": 10}),
     ("eval_strategy", {"eval_strategy": "epoch"}),
     ("eval_exact_match", {"eval_exact_match": True}),
