@@ -8,11 +8,9 @@ nothing is allocated but what the compiler needs.
 
 import argparse
 import datetime
-import json
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +26,6 @@ from jaxlora.models.transformer import Transformer
 from jaxlora.optim.optimizers import make_optimizer
 from jaxlora.training.step import make_train_step
 
-RESULTS = Path(__file__).parent / "results"
 DEPTHS = (2, 8, 32)
 ROWS, TOKENS, RANK = 2, 256, 8
 _SIZES = {
@@ -168,8 +165,7 @@ def main() -> None:
     parser.add_argument("--allow-busy", action="store_true")
     options = parser.parse_args()
     result = run(options.rounds, options.allow_busy)
-    target = RESULTS / f"{result['date']}-compile-time.json"
-    target.write_text(json.dumps(result, indent=1) + "\n")
+    machine.write("compile-time", result)
     print(table(result))
 
 

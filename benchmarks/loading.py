@@ -22,7 +22,6 @@ import machine
 from jaxlora.checkpoints.load import load_params, read_model_config
 from jaxlora.core.errors import UserError
 
-RESULTS = Path(__file__).parent / "results"
 # Ours and theirs: plain, and quantized to nf4 (double quantization) while loading.
 PAIRS = {"bfloat16": ("ours plain", "theirs plain"), "nf4": ("ours nf4", "theirs nf4")}
 ALONE = ("ours int4", "ours int8")
@@ -190,8 +189,7 @@ def main() -> None:
     parser.add_argument("--allow-busy", action="store_true")
     options = parser.parse_args()
     result = run(options.layers, options.rounds, options.allow_busy)
-    target = RESULTS / f"{result['date']}-loading.json"
-    target.write_text(json.dumps(result, indent=1) + "\n")
+    machine.write("loading", result)
     print(table(result))
 
 

@@ -1,17 +1,20 @@
 """The machine a benchmark ran on, and whether it was quiet enough to measure anything."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxlora.core.errors import UserError
 
+RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -57,6 +60,12 @@ def describe() -> dict[str, object]:
         "uncommitted_changes": bool(_git("status", "--porcelain", "--", "jaxlora")),
         "malloc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
     }
+
+
+def write(name: str, result: dict[str, Any]) -> None:
+    """Writes one benchmark's result, under the date in it."""
+    target = RESULTS / f"{result['date']}-{name}.json"
+    target.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _cpu() -> str:

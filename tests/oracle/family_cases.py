@@ -46,6 +46,28 @@ _DEEPSEEK_YARN = {
 }
 _SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 
+# Odd sizes throughout: nothing may depend on a dimension being even or a power of two, except
+# head_dim, which rotary embeddings halve.
+ODD_SIZES = {
+    "vocab_size": 131,
+    "hidden_size": 60,
+    "intermediate_size": 101,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 128,
+}
+# In 100 tokens the first three of 5 channel pairs turn 15.9, 1.15 and 0.08 times: one above
+# llama3's borders of 1 and 4, one between and one below.
+SCALED_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 100,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:

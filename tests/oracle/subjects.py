@@ -218,21 +218,3 @@ def torch_logits(model: Any) -> np.ndarray:
 
     with torch.no_grad():
         return copy.deepcopy(model).double()(torch.tensor(TOKENS)).logits.numpy()
-
-
-def greedy_by_transformers(model: Any, prompts: list[list[int]], count: int) -> list[list[int]]:
-    """Returns `count` tokens after each prompt, from a left-padded batch, end tokens or not."""
-    import torch
-
-    width = max(map(len, prompts))
-    padded = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    whole = model.generate(
-        padded,
-        attention_mask=mask,
-        do_sample=False,
-        max_new_tokens=count,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return whole[:, width:].tolist()

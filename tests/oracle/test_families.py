@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 from family_cases import CASES, CLASSIFIERS, FAST
-from subjects import PREFIX, TOKENS, Subject, greedy_by_transformers, torch_logits
+from subjects import PREFIX, TOKENS, Subject, torch_logits
+from torch_models import greedy
 
 from jaxlora.core.tree import flatten
 from jaxlora.generation.decoding import generate
@@ -115,7 +116,7 @@ def test_logits_equal_transformers_on_another_seed(cell, make_case, name):
 @pytest.mark.parametrize("name", A_FEW, scope="module")
 def test_greedy_tokens_with_the_cache_equal_transformers(cell, subject_of, name):
     subject = subject_of(name)
-    wanted = greedy_by_transformers(subject.pair.torch_model, PROMPTS, NEW_TOKENS)
+    wanted = greedy(subject.pair.torch_model, PROMPTS, NEW_TOKENS)
     # Tiny models soon repeat themselves; hence the comparison of logits below.
     assert len({token for row in wanted for token in row}) > 5
     options = SamplingOptions(max_new_tokens=NEW_TOKENS)

@@ -5,6 +5,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from family_cases import ODD_SIZES, SCALED_ROPE
+from torch_models import greedy
 
 from jaxlora.checkpoints.load import load_params, read_model_config
 from jaxlora.generation.decoding import generate, stream
@@ -16,27 +18,10 @@ torch = pytest.importorskip("torch")
 
 TINYSTORIES = Path(__file__).resolve().parents[3] / "shared" / "data" / "tinystories-656k"
 COUNT = 64
-SIZES = {
-    "vocab_size": 131,
-    "hidden_size": 60,
-    "intermediate_size": 101,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 128,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 100,
-}
 CASES = {
     "llama 3.2 (GQA, scaled rope, tied)": (
         "Llama",
-        {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True},
+        {"rope_parameters": SCALED_ROPE, "tie_word_embeddings": True},
     ),
     "mistral (window shorter than a prompt)": ("Mistral", {"sliding_window": 7, "head_dim": 12}),
 }
@@ -46,28 +31,11 @@ PROMPTS = [
 ]
 
 
-def greedy_by_transformers(model, prompts, **options):
-    """Left-padded batch decoding with `COUNT` tokens in every row, no end token."""
-    width = max(map(len, prompts))
-    padded = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    whole = model.generate(
-        padded,
-        attention_mask=mask,
-        do_sample=False,
-        max_new_tokens=COUNT,
-        eos_token_id=None,
-        pad_token_id=0,
-        **options,
-    )
-    return whole[:, width:].tolist()
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_batch_equals_transformers_token_for_token(make_pair, case):
     family, fields = CASES[case]
-    pair = make_pair(family, 1, **{**SIZES, **fields})
-    wanted = greedy_by_transformers(pair.torch_model, PROMPTS)
+    pair = make_pair(family, 1, **{**ODD_SIZES, **fields})
+    wanted = greedy(pair.torch_model, PROMPTS, COUNT)
     # A model that says one thing for ever, or the same to every prompt, would compare nothing.
     assert all(len(set(row)) > 10 for row in wanted)
     assert len({tuple(row[-20:]) for row in wanted}) == len(wanted)
@@ -76,9 +44,9 @@ def test_greedy_batch_equals_transformers_token_for_token(make_pair, case):
 
 
 def test_greedy_with_a_repetition_penalty_equals_transformers(make_pair):
-    pair = make_pair("Llama", 2, **SIZES)
+    pair = make_pair("Llama", 2, **ODD_SIZES)
     # One row: transformers also penalises the tokens it pads with.
-    [wanted] = greedy_by_transformers(pair.torch_model, PROMPTS[:1], repetition_penalty=1.2)
+    [wanted] = greedy(pair.torch_model, PROMPTS[:1], COUNT, repetition_penalty=1.2)
     options = SamplingOptions(max_new_tokens=COUNT, repetition_penalty=1.2)
     assert list(stream(Transformer(pair.cfg), pair.params, PROMPTS[0], options)) == wanted
 
@@ -96,7 +64,7 @@ def test_tinystories_goes_on_as_in_transformers():
     prompts = [tokenizer(text).input_ids for text in texts]
     options = SamplingOptions(max_new_tokens=COUNT)
     answers = generate(Transformer(cfg), params, prompts, options)
-    assert answers == greedy_by_transformers(model, prompts)
+    assert answers == greedy(model, prompts, COUNT)
     assert answer_text(tokenizer, prompts[0], answers[0]).startswith(
         ", a little girl named Lily lived in a small house with her mom, dad, and her dog"
     )

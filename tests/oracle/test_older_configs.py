@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from family_cases import ODD_SIZES, SCALED_ROPE
 
 from jaxlora.ops.rope import RopeScaling
 
@@ -12,31 +13,9 @@ pytest.importorskip("torch")
 # float32, 3 layers, logits of standard deviation about 1: rounding alone gives some 5e-6.
 TOLERANCE = 2e-5
 
-# Odd sizes throughout: nothing may depend on a dimension being even or a power of two, except
-# head_dim, which rotary embeddings halve.
-SIZES = {
-    "vocab_size": 131,
-    "hidden_size": 60,
-    "intermediate_size": 101,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 128,
-}
-# In 100 tokens the first three of 5 channel pairs turn 15.9, 1.15 and 0.08 times: one above
-# llama3's borders of 1 and 4, one between and one below.
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 100,
-}
-
 
 def tokens_of(seed, length=37):
-    return np.random.default_rng(seed).integers(0, SIZES["vocab_size"], (2, length))
+    return np.random.default_rng(seed).integers(0, ODD_SIZES["vocab_size"], (2, length))
 
 
 def assert_equal_logits(pair, seed):
@@ -59,22 +38,22 @@ def assert_equal_logits(pair, seed):
         (
             {
                 "rope_theta": 500000.0,
-                "rope_scaling": {k: v for k, v in LLAMA3_ROPE.items() if k != "rope_theta"},
+                "rope_scaling": {k: v for k, v in SCALED_ROPE.items() if k != "rope_theta"},
             },
-            LLAMA3_ROPE,
+            SCALED_ROPE,
         ),
     ],
     ids=["theta", "linear", "llama3"],
 )
 def test_logits_equal_transformers_for_fields_as_written_before_version_5(make_pair, old, new):
-    config_json = {"architectures": ["LlamaForCausalLM"], **SIZES, **old}
-    pair = make_pair("Llama", 0, config_json, **SIZES, rope_parameters=new)
+    config_json = {"architectures": ["LlamaForCausalLM"], **ODD_SIZES, **old}
+    pair = make_pair("Llama", 0, config_json, **ODD_SIZES, rope_parameters=new)
     assert_equal_logits(pair, 0)
 
 
 def test_llama3_scaling_without_an_original_context_uses_the_context(make_pair):
-    rope = {k: v for k, v in LLAMA3_ROPE.items() if not k.startswith("original")}
-    sizes = SIZES | {"max_position_embeddings": 100}
+    rope = {k: v for k, v in SCALED_ROPE.items() if not k.startswith("original")}
+    sizes = ODD_SIZES | {"max_position_embeddings": 100}
     with_default = {**rope, "original_max_position_embeddings": 100}
     config_json = {"architectures": ["LlamaForCausalLM"], **sizes, "rope_parameters": rope}
     pair = make_pair("Llama", 0, config_json, **sizes, rope_parameters=with_default)
@@ -82,7 +61,7 @@ def test_llama3_scaling_without_an_original_context_uses_the_context(make_pair):
 
 
 SCALING = RopeScaling("llama3", 8.0, 1.0, 4.0, 100)
-LLAMA = ("Llama", {"rope_parameters": LLAMA3_ROPE})
+LLAMA = ("Llama", {"rope_parameters": SCALED_ROPE})
 MISTRAL = ("Mistral", {"sliding_window": 7, "head_dim": 12})
 # Heads may be cut differently from the same matrices; a window may be wrong by one.
 MUTATIONS = [
@@ -103,7 +82,7 @@ MUTATIONS = [
 @pytest.mark.parametrize(("model", "change"), MUTATIONS, ids=str)
 def test_a_slightly_wrong_number_is_noticed(make_pair, model, change):
     family, fields = model
-    pair = make_pair(family, 0, **{**SIZES, **fields})
+    pair = make_pair(family, 0, **{**ODD_SIZES, **fields})
     tokens = tokens_of(0)
     wrong = dataclasses.replace(pair.cfg, **change)
     assert wrong != pair.cfg

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from torch_models import logits_of, open_model
 
 from jaxlora import lora
 from jaxlora.checkpoints.adapter import LoadedAdapter, read_adapter
@@ -83,19 +84,6 @@ class Trip:
     gradients: dict[str, np.ndarray]
 
 
-def hf_model(folder):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=False
-    ).eval()
-
-
-def logits_of(model):
-    with torch.no_grad():
-        return model(torch.from_numpy(TOKENS)).logits.numpy()
-
-
 def move(model):
     """Gives every trained number a value that shows in the logits."""
     torch.manual_seed(0)
@@ -134,8 +122,8 @@ def trip(request, tiny_llama, tmp_path_factory):
     folder = tiny_llama(**BASES["tied" if request.param.startswith("tied") else "llama"])
     home = tmp_path_factory.mktemp("trip")
     options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **VARIANTS[request.param]}
-    model = hf_model(folder)
-    plain = logits_of(model)
+    model = open_model(folder)
+    plain = logits_of(model, TOKENS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tied weights
         config = peft.LoraConfig(task_type="CAUSAL_LM", **options)
@@ -158,14 +146,14 @@ def trip(request, tiny_llama, tmp_path_factory):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # PEFT only warns of missing keys
         warnings.filterwarnings("ignore", message=".*tie.*")
-        back = peft.PeftModel.from_pretrained(hf_model(folder), home / "ours").eval()
+        back = peft.PeftModel.from_pretrained(open_model(folder), home / "ours").eval()
         state = peft.get_peft_model_state_dict(back, save_embedding_layers=False)
     base = load_base(folder, stored, adapter.cfg, dtype="float32", trained=adapter.parts)
     return Trip(
         home,
         plain,
-        logits_of(model),
-        logits_of(back),
+        logits_of(model, TOKENS),
+        logits_of(back, TOKENS),
         {key: tensor.numpy() for key, tensor in state.items()},
         adapter,
         base,

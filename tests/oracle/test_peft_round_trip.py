@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from family_cases import CASES
 from safetensors.numpy import load_file
+from torch_models import logits_of, open_model
 
 from jaxlora.checkpoints.load import load_params, read_model_config
 from jaxlora.checkpoints.peft import load_adapter, save_adapter
@@ -108,19 +109,6 @@ class Trip:
     kept_by_peft: dict[str, np.ndarray]
 
 
-def hf_model(folder):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=False
-    ).eval()
-
-
-def logits_of(model):
-    with torch.no_grad():
-        return model(torch.from_numpy(TOKENS)).logits.numpy()
-
-
 def train_a_little(model):
     """Gives every trained number a value that shows in the logits."""
     torch.manual_seed(0)
@@ -177,13 +165,13 @@ def trip(request, base, tmp_path_factory):
     config = peft.LoraConfig(
         **{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **VARIANTS[request.param]}
     )
-    model = hf_model(folder)
-    plain = logits_of(model)
+    model = open_model(folder)
+    plain = logits_of(model, TOKENS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # lora_bias on a layer without one
         model = peft.get_peft_model(model, config).eval()
     train_a_little(model)
-    theirs = logits_of(model)
+    theirs = logits_of(model, TOKENS)
     model.save_pretrained(home / "theirs", save_embedding_layers=False)
 
     first = load_adapter(home / "theirs", specs)
@@ -198,11 +186,11 @@ def trip(request, base, tmp_path_factory):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # PEFT only warns of missing keys
         warnings.filterwarnings("ignore", message=".*lora_bias=True.*")
-        back = peft.PeftModel.from_pretrained(hf_model(folder), home / "ours")
+        back = peft.PeftModel.from_pretrained(open_model(folder), home / "ours")
     state = peft.get_peft_model_state_dict(back, save_embedding_layers=False)
     second = load_adapter(home / "ours", specs)
     kept = {key: tensor.numpy() for key, tensor in state.items()}
-    return Trip(home, plain, theirs, ours, logits_of(back), first, second, kept)
+    return Trip(home, plain, theirs, ours, logits_of(back, TOKENS), first, second, kept)
 
 
 def assert_same_tensors(left, right):

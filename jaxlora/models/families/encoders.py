@@ -1,7 +1,7 @@
 """Encoders for masked-language modelling: BERT, RoBERTa, ModernBERT."""
 
 from jaxlora.models.families.llama import FULL, SLIDING
-from jaxlora.models.families.row import Family, Fields, field, layer_names, layers_of_type
+from jaxlora.models.families.row import SIZES, Family, Fields, field, layer_names, layers_of_type
 
 _IGNORED = frozenset(
     """hidden_dropout_prob attention_probs_dropout_prob classifier_dropout cls_token_id sep_token_id
@@ -24,14 +24,9 @@ BERT = Family(
         "tie_word_embeddings": True,
     },
     config={
-        "vocab_size": field("vocab_size"),
-        "embed_dim": field("hidden_size"),
-        "mlp_dim": field("intermediate_size"),
-        "num_layers": field("num_hidden_layers"),
-        "num_heads": field("num_attention_heads"),
+        **SIZES,
         "num_kv_heads": field("num_attention_heads"),
         "head_dim": lambda f: f["hidden_size"] // f["num_attention_heads"],
-        "max_context": field("max_position_embeddings"),
         "learned_positions": field("max_position_embeddings"),
         "token_types": field("type_vocab_size"),
         "rotary_dim": 0,
@@ -47,11 +42,9 @@ BERT = Family(
         "mlp_bias": True,
         "mlp_gated": False,
         "activation": field("hidden_act"),
-        "tie_embedding": field("tie_word_embeddings"),
         "head_activation": field("hidden_act"),
         "head_bias": True,
         "renamed": lambda f: _untied_bias("cls.predictions.decoder.bias", f),
-        "init_std": field("initializer_range"),
     },
     names={
         "embed": "bert.embeddings.word_embeddings",
@@ -162,14 +155,9 @@ MODERNBERT = Family(
         "tie_word_embeddings": True,
     },
     config={
-        "vocab_size": field("vocab_size"),
-        "embed_dim": field("hidden_size"),
-        "mlp_dim": field("intermediate_size"),
-        "num_layers": field("num_hidden_layers"),
-        "num_heads": field("num_attention_heads"),
+        **SIZES,
         "num_kv_heads": field("num_attention_heads"),
         "head_dim": lambda f: f["hidden_size"] // f["num_attention_heads"],
-        "max_context": field("max_position_embeddings"),
         "causal": False,
         "sliding_window": lambda f: f["local_attention"] // 2 + 1,
         "sliding_layers": layers_of_type(SLIDING, _one_in_three),
@@ -184,11 +172,9 @@ MODERNBERT = Family(
         "mlp_fused": True,
         "mlp_bias": field("mlp_bias"),
         "activation": field("hidden_activation"),
-        "tie_embedding": field("tie_word_embeddings"),
         "head_activation": field("classifier_activation"),
         "head_dense_bias": field("classifier_bias"),
         "head_bias": field("decoder_bias"),
-        "init_std": field("initializer_range"),
     },
     names={
         "embed": "model.embeddings.tok_embeddings",

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxlora.models.families.row import Family, Fields, field, layer_names, layers_of_type
+from jaxlora.models.families.row import SIZES, Family, Fields, field, layer_names, layers_of_type
 
 LLAMA = Family(
     fields={
@@ -25,21 +25,14 @@ LLAMA = Family(
         "hidden_act": "silu",
     },
     config={
-        "vocab_size": field("vocab_size"),
-        "embed_dim": field("hidden_size"),
-        "mlp_dim": field("intermediate_size"),
-        "num_layers": field("num_hidden_layers"),
-        "num_heads": field("num_attention_heads"),
+        **SIZES,
         "num_kv_heads": lambda f: f["num_key_value_heads"] or f["num_attention_heads"],
         "head_dim": lambda f: f.get("head_dim") or f["hidden_size"] // f["num_attention_heads"],
-        "max_context": field("max_position_embeddings"),
         "norm_eps": field("rms_norm_eps"),
-        "tie_embedding": field("tie_word_embeddings"),
         "qkv_bias": field("attention_bias"),
         "output_bias": field("attention_bias"),
         "mlp_bias": field("mlp_bias"),
         "activation": field("hidden_act"),
-        "init_std": field("initializer_range"),
     },
     names={
         "embed": "model.embed_tokens",

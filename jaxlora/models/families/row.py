@@ -62,6 +62,19 @@ def field(name: str) -> Callable[[Fields], Any]:
     return lambda fields: fields[name]
 
 
+# What nearly every config.json calls alike.
+SIZES = {
+    "vocab_size": field("vocab_size"),
+    "embed_dim": field("hidden_size"),
+    "mlp_dim": field("intermediate_size"),
+    "num_layers": field("num_hidden_layers"),
+    "num_heads": field("num_attention_heads"),
+    "max_context": field("max_position_embeddings"),
+    "tie_embedding": field("tie_word_embeddings"),
+    "init_std": field("initializer_range"),
+}
+
+
 def head_tensor_of(row: Family) -> str:
     """Returns the name in a checkpoint of the head's weight."""
     name = row.names.get("lm_head/kernel", f"{row.names['lm_head']}.weight")
