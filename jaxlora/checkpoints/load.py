@@ -67,7 +67,7 @@ def storage_of(folder: Path) -> Storage | None:
 
 def to_device(path: str, leaf: Any) -> Any:
     """Puts a host leaf on the default device; the default `place` of `load_params`."""
-    placed = jax.tree.map(jnp.asarray, leaf)
+    placed = jax.tree.map(lambda x: jax.device_put(x, may_alias=True), leaf)
     return unpack(placed) if isinstance(leaf, QuantizedArray) and leaf.packed else placed
 
 

@@ -2,7 +2,10 @@
 
 import dataclasses
 import functools
+import math
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -18,7 +21,10 @@ from jaxlora.ops.quantize import beside, dequantize, pack, quantize
 
 # The kinds of parameter that `QuantSpec` is for.
 _QUANTIZED = ("linear", "experts")
-_TILE = 128
+_TILE = 64
+_ALIGNMENT = 64  # bytes
+_CORES = os.cpu_count() or 1
+_POOL = ThreadPoolExecutor(_CORES)
 Split = Callable[..., Any]
 
 
@@ -127,8 +133,16 @@ def _quantized(matrix: np.ndarray, dtype: str, **options: Any) -> Any:
 def empty(part: Any, lead: tuple[int, ...], dtype: np.dtype) -> Any:
     """Returns host buffers for a whole leaf of which `part` is one of ``[*lead]``."""
     if isinstance(part, np.ndarray):
-        return np.empty(lead + part.shape, dtype)
-    return jax.tree.map(lambda x: np.empty(lead + x.shape, x.dtype), part)
+        return _aligned(lead + part.shape, dtype)
+    return jax.tree.map(lambda x: _aligned(lead + x.shape, x.dtype), part)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A buffer that a CPU device can take over as it is."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def put(leaf: Any, at: tuple[int, ...], part: Any, where: str) -> None:
@@ -152,14 +166,23 @@ def put(leaf: Any, at: tuple[int, ...], part: Any, where: str) -> None:
 
 
 def _copy(target: np.ndarray, source: np.ndarray) -> None:
-    """``target[...] = source``, by tiles: 4 times as fast where `source` is a transposed view."""
+    """``target[...] = source``, by tiles on every core: faster where `source` is transposed."""
     if target.dtype == source.dtype:  # as words: numpy copies bfloat16 one element at a time
         word = f"u{target.dtype.itemsize}"
         target, source = target.view(word), source.view(word)
     if target.ndim < 2:
         target[...] = source
         return
-    for row in range(0, target.shape[0], _TILE):
-        for column in range(0, target.shape[1], _TILE):
-            tile = slice(row, row + _TILE), slice(column, column + _TILE)
+    tiles = [
+        (*lead, slice(row, row + _TILE), slice(column, column + _TILE))
+        for lead in np.ndindex(target.shape[:-2])
+        for row in range(0, target.shape[-2], _TILE)
+        for column in range(0, target.shape[-1], _TILE)
+    ]
+
+    def copy(tiles: list[tuple]) -> None:
+        for tile in tiles:
             target[tile] = source[tile]
+
+    share = -(-len(tiles) // _CORES)
+    list(_POOL.map(copy, (tiles[at : at + share] for at in range(0, len(tiles), share))))

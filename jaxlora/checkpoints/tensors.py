@@ -18,6 +18,17 @@ FLOAT_DTYPES: dict[str, Any] = {
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
 }
+# Of tensors that are no floats: what quantized weights are stored in.
+_RAW_DTYPES: dict[str, Any] = FLOAT_DTYPES | {
+    "BOOL": np.bool_,
+    "U8": np.uint8,
+    "I8": np.int8,
+    "I16": np.int16,
+    "I32": np.int32,
+    "I64": np.int64,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+}
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -51,6 +62,7 @@ class TensorFiles:
         self.folder = Path(folder)
         self.info: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
+        self._starts: dict[str, int] = {}
         single, index = (self.folder / f"{stem}.safetensors{end}" for end in ("", ".index.json"))
         if single.is_file():
             self._add(single, [])
@@ -75,6 +87,7 @@ class TensorFiles:
                     name: TensorInfo(file, view.get_dtype(), tuple(view.get_shape()))
                     for name, view in found.items()
                 }
+            extents = _extents(file)
         except (SafetensorError, OSError) as error:
             raise UserError(_damaged(file, error)) from error
         for name in expected:
@@ -90,9 +103,10 @@ class TensorFiles:
                     "tensor once; remove shards that do not belong to this model."
                 )
             self.info[name] = info
+            self._starts[name] = extents[name][0]
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """Returns a tensor, or only `rows` of its first axis, in the dtype of the file.
+        """Returns a tensor, or only `rows` of its first axis, in the dtype of the file; read-only.
 
         Raises:
           UserError: the dtype is no float, or the file has been damaged since it was opened.
@@ -106,7 +120,7 @@ class TensorFiles:
         return self._read(name, rows)
 
     def read_raw(self, name: str) -> np.ndarray:
-        """Returns a tensor of any dtype that numpy has, as quantized weights are stored in.
+        """Returns a tensor of any dtype that quantized weights are stored in; read-only.
 
         Raises:
           UserError: the file has been damaged since it was opened.
@@ -115,14 +129,18 @@ class TensorFiles:
 
     def _read(self, name: str, rows: slice | None) -> np.ndarray:
         info = self.info[name]
+        dtype = np.dtype(_RAW_DTYPES[info.dtype])
+        if not info.size:
+            return np.empty(info.shape, dtype)
         try:
-            # Opened anew each time: an open file would keep every page ever read mapped.
-            with safe_open(info.file, framework="np") as opened:
-                if rows is None or not info.shape:
-                    return opened.get_tensor(name)
-                return opened.get_slice(name)[slice(*rows.indices(info.shape[0]))]
-        except (SafetensorError, OSError) as error:
+            # Mapped anew each time: what has been read does not stay in memory.
+            mapped = np.memmap(
+                info.file, np.uint8, "r", self._starts[name], info.size * dtype.itemsize
+            )
+        except (ValueError, OSError) as error:
             raise UserError(_damaged(info.file, error)) from error
+        values = np.asarray(mapped).view(dtype).reshape(info.shape)
+        return values if rows is None or not info.shape else values[rows]
 
 
 def _read_index(index: Path) -> dict[str, list[str]]:
@@ -189,18 +207,24 @@ def _damaged(file: Path, error: Exception) -> str:
     )
 
 
+def _extents(file: Path) -> dict[str, tuple[int, int]]:
+    """Where in the file each tensor starts and stops, by the header."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length)) if length <= file.stat().st_size else {}
+    first = 8 + length
+    return {
+        name: (first + entry["data_offsets"][0], first + entry["data_offsets"][1])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
 def _first_cut_tensor(file: Path) -> str | None:
     """The first tensor whose bytes the file no longer holds, if its header can be read."""
     try:
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            size = file.stat().st_size
-            header = json.loads(opened.read(length)) if length <= size else {}
-        ends = {
-            name: 8 + length + entry["data_offsets"][1]
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
+        ends = {name: stop for name, (_, stop) in _extents(file).items()}
+        size = file.stat().st_size
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return None
     cut = [name for name, end in sorted(ends.items(), key=lambda item: item[1]) if end > size]

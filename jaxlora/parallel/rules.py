@@ -124,7 +124,7 @@ class Placement:
         return NamedSharding(self.mesh, partition(self.mesh, stored, shape, without="fsdp"))
 
     def _put(self, x: Any, logical: Sequence[str | None]) -> jax.Array:
-        return jax.device_put(x, self.sharding(logical, x.shape))
+        return jax.device_put(x, self.sharding(logical, x.shape), may_alias=True)
 
     def adapter(self, pair: dict[str, Any], logical: Sequence[str], *, stacked: bool) -> dict:
         """Returns an adapter's arrays on the devices, split like the matrix they belong to."""
