@@ -24,6 +24,9 @@ COMMANDS = (
     "export",
     "verify",
     "inspect",
+    "init",
+    "config",
+    "fetch",
 )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from jaxlora.config import rules
-from jaxlora.config.datasets import DatasetConfig
+from jaxlora.config.datasets import LEGACY_KEYS, DatasetConfig
 from jaxlora.config.keys import DATASET_REFUSED, IMPLIED, MAPPED, NO_OP, REFUSED, SYNONYMS
 from jaxlora.config.roles import is_live, refusal
 from jaxlora.config.rules import Path, Problem
@@ -21,7 +21,6 @@ _DATASETS = ("datasets", "test_datasets")
 _FOREIGN = (*NO_OP, *REFUSED, *MAPPED, *IMPLIED)
 # With these, rows are of kinds that supervised training does not know: one reason is enough.
 _OTHER_TASKS = frozenset(["rl", "reward_model", "process_reward_model"])
-_LEGACY_DATASET_KEYS = ("message_field_role", "message_field_content")
 
 
 def check(raw: Mapping[str, Any], *, where: Callable[[Path], str]) -> Config:
@@ -34,21 +33,30 @@ def check(raw: Mapping[str, Any], *, where: Callable[[Path], str]) -> Config:
     Raises:
       UserError: with one line for each problem.
     """
+    config, found = examine(raw)
+    if found:
+        raise UserError("\n".join(line_of(problem, where) for problem in found))
+    return config
+
+
+def examine(raw: Mapping[str, Any]) -> tuple[Config, list[Problem]]:
+    """Returns the configuration, without the keys that are wrong, and every problem found."""
     ours, found = _separate(raw)
     config, bad = _validate(ours)
     found += bad
     reported = {problem.path[0] for problem in found if problem.path}
     if reported & _OTHER_TASKS:
         found = [problem for problem in found if problem.path[0] not in _DATASETS]
-    found += [
+    return config, found + [
         problem
         for problem in rules.problems(config)
         if reported.isdisjoint({problem.path[0], *problem.others})
     ]
-    if found:
-        lines = (f"{where(problem.path)}: {key(problem.path)}: {problem.text}" for problem in found)
-        raise UserError("\n".join(lines))
-    return config
+
+
+def line_of(problem: Problem, where: Callable[[Path], str]) -> str:
+    """Returns a problem as one line of an error."""
+    return f"{where(problem.path)}: {key(problem.path)}: {problem.text}"
 
 
 def key(path: Path) -> str:
@@ -199,7 +207,7 @@ def _unknown(name: str, parents: Path) -> str:
 
 def _known_keys(section: type[Section], prefix: str) -> dict[str, list[str]]:
     """Returns the keys of each section by its dotted name; the top level is ``""``."""
-    legacy = (*_LEGACY_DATASET_KEYS, *DATASET_REFUSED) if section is DatasetConfig else ()
+    legacy = (*LEGACY_KEYS, *DATASET_REFUSED) if section is DatasetConfig else ()
     foreign = _FOREIGN if section is Config else ()
     fields = {name: field for name, field in section.model_fields.items() if name != "foreign"}
     known = {prefix: [*fields, *legacy, *foreign]}

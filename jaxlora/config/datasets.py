@@ -6,7 +6,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from jaxlora.config.values import Count, Flag, Section, Text, Whole
 
-_TYPE_ALIASES = {"chat_template.default": "chat_template"}
+TYPE_ALIASES = {"chat_template.default": "chat_template"}
+"""Another name of a type: ours."""
+
 _TYPE_HINTS = {
     "sharegpt": "use type: chat_template with field_messages: conversations and "
     "message_property_mappings: {role: from, content: value}",
@@ -18,7 +20,14 @@ def _dataset_type(value: Any) -> Any:
     name = str(value).split(":")[0].split(".")[0]
     if name in _TYPE_HINTS:
         raise ValueError(f"{value} is not supported: {_TYPE_HINTS[name]}")
-    return _TYPE_ALIASES.get(value, value) if isinstance(value, str) else value
+    return TYPE_ALIASES.get(value, value) if isinstance(value, str) else value
+
+
+LEGACY_KEYS = {
+    f"message_field_{name}": f"Read as message_property_mappings: {{{name}: ...}}."
+    for name in ("role", "content")
+}
+"""Keys of a data set from before `message_property_mappings`: what they mean."""
 
 
 class PromptFormat(Section):
@@ -95,8 +104,8 @@ class DatasetConfig(Section):
         if not isinstance(raw, dict):
             return raw
         raw = dict(raw)
-        for name in ("role", "content"):
-            column = raw.pop(f"message_field_{name}", None)
+        for key in LEGACY_KEYS:
+            name, column = key.removeprefix("message_field_"), raw.pop(key, None)
             if column is not None:
                 mappings = raw.get("message_property_mappings") or {}
                 raw["message_property_mappings"] = {name: column, **mappings}

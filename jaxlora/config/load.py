@@ -1,15 +1,16 @@
 """Loads a configuration from a YAML file, a Python file or a mapping, and writes one."""
 
+import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import yaml
 
-from jaxlora.config.check import check
+from jaxlora.config.check import check, examine, line_of
 from jaxlora.config.document import Document, Dumper, plain, read
 from jaxlora.config.overrides import apply_overrides, flag, parse_overrides
-from jaxlora.config.rules import Path
+from jaxlora.config.rules import Path, Problem
 from jaxlora.config.schema import Config
 
 # Keys that may name a local file or folder.
@@ -46,13 +47,44 @@ def load_config(
     Raises:
       UserError: with one line for each problem, each naming the key and its place.
     """
+    values, where = _written(source, overrides)
+    return check(values, where=where)
+
+
+@dataclasses.dataclass(frozen=True)
+class Examined:
+    """A file that may be wrong: the keys as written, what is right of them, and the problems."""
+
+    values: dict[str, Any]
+    config: Config
+    problems: list[Problem]
+    errors: list[str]
+    """The problems as lines that begin with their place."""
+
+
+def examine_config(
+    source: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> Examined:
+    """Reads a configuration as `load_config` does, and goes on where it would raise.
+
+    Raises:
+      UserError: a file that cannot be read at all.
+    """
+    values, where = _written(source, overrides)
+    config, problems = examine(values)
+    return Examined(values, config, problems, [line_of(problem, where) for problem in problems])
+
+
+def _written(
+    source: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str]
+) -> tuple[dict[str, Any], Callable[[Path], str]]:
+    """Returns keys and values with the overrides in place, and the place of each key."""
     if isinstance(source, str | os.PathLike):
         document = read(os.fspath(source))
     else:
         document = Document(plain(source))
     overridden = parse_overrides(overrides)
-    values = _with_paths(document.values, document.folder)
-    values = apply_overrides(values, overridden)
+    values = apply_overrides(_with_paths(document.values, document.folder), overridden)
 
     def where(path: Path) -> str:
         for end in range(len(path), 0, -1):
@@ -60,7 +92,7 @@ def load_config(
                 return flag(path[:end])
         return document.where(path)
 
-    return check(values, where=where)
+    return values, where
 
 
 def dump_config(config: Config) -> str:

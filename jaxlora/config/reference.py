@@ -27,6 +27,14 @@ describes a run. The keys are Axolotl's; those marked (jaxlora) are ours. A key 
 null has its default. An unknown key is an error. Any key can be overridden on the command line:
 `--lora_r=32`, `--datasets.0.path=data.jsonl`.
 
+`jaxlora config check my.yml` says what becomes of every key of a file and what follows from them
+(steps, warm-up, checkpoints, rows and tokens of a step), with every error at once; it needs neither
+the model nor the data. `jaxlora train my.yml --dry-run` opens both, has the numbers, and writes
+nothing. `jaxlora init` writes a first file, `jaxlora fetch configs` copies the examples.
+
+For completion and checks in an editor, `jaxlora config schema > jaxlora.schema.json` and begin the
+file with `# yaml-language-server: $schema=jaxlora.schema.json`.
+
 A relative path is looked up from the working directory first, then from the folder of the file.
 
 This page is written from the schema; `python -c "from jaxlora.config.reference import markdown;

@@ -5,12 +5,12 @@ from typing import Any
 
 from jaxlora.config.keys import IMPLIED, MAPPED, NO_OP, REFUSED
 
-# Live-looking values that ask for nothing.
-_INERT: Mapping[str, Any] = {
+INERT: Mapping[str, Any] = {
     "context_parallel_size": 1,
     "sequence_parallel_degree": 1,
     "expert_parallel_size": 1,
 }
+"""Key: live-looking value that asks for nothing."""
 # Keys that ask for something when false.
 _ASK_WHEN_FALSE = frozenset(
     ["peft_autocast_adapter_dtype", "save_safetensors", "tokenizer_save_jinja_files"]
@@ -23,8 +23,7 @@ _CONFIG = {
     "router_aux_loss_coef": _BALANCE,
     "use_cache": "nothing is generated while training",
 }
-# Parts of a refused key's value that change nothing: key: part: why.
-_HARMLESS: Mapping[str, Mapping[str, str]] = {
+HARMLESS: Mapping[str, Mapping[str, str]] = {
     "plugins": {
         "axolotl.integrations.cut_cross_entropy": _SPEED,
         "axolotl.integrations.liger": _SPEED,
@@ -38,6 +37,7 @@ _HARMLESS: Mapping[str, Mapping[str, str]] = {
     "model_quantization_config_kwargs": {"dequantize": NO_OP["gptq"]},
     "optim_args": {"bf16_stochastic_round": NO_OP["peft_autocast_adapter_dtype"]},
 }
+"""Refused key: part of its value: why that part changes nothing."""
 
 
 def is_live(key: str, value: Any) -> bool:
@@ -48,7 +48,7 @@ def is_live(key: str, value: Any) -> bool:
     """
     if value is False:
         return key in _ASK_WHEN_FALSE
-    inert = _INERT.get(key)
+    inert = INERT.get(key)
     return bool(value) and not (value == inert and type(value) is type(inert))
 
 
@@ -60,7 +60,7 @@ def refusal(key: str, value: Any) -> str | None:
     """
     if key not in REFUSED or not is_live(key, value):
         return None
-    if key not in _HARMLESS:
+    if key not in HARMLESS:
         return REFUSED[key]
     bad = next((part for part in _parts(value) if _harmless(key, part) is None), None)
     return None if bad is None else f"{bad}: {REFUSED[key]}"
@@ -93,5 +93,5 @@ def _parts(value: Any) -> list[str]:
 
 def _harmless(key: str, part: str) -> str | None:
     return next(
-        (why for name, why in _HARMLESS[key].items() if f"{part}.".startswith(f"{name}.")), None
+        (why for name, why in HARMLESS[key].items() if f"{part}.".startswith(f"{name}.")), None
     )

@@ -1,26 +1,13 @@
-"""The `jaxlora` command: parses flags, calls the API, prints."""
+"""Commands on models and adapters: generate, chat, merge, export, verify, inspect."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from jaxlora.cli.command import add_command
 from jaxlora.core.errors import UserError
-from jaxlora.core.version import __version__
 
-_EPILOG = """examples:
-  jaxlora train configs/quickstart.yml                 fine-tune; the output folder tells the rest
-  jaxlora train my.yml --lora_r=32 --max_steps=100     any key of the file can be overridden
-  jaxlora chat outputs/quickstart                      talk to a model or adapter
-  jaxlora merge outputs/quickstart --output merged     one folder that transformers loads
-
-Every MODEL is a folder or a Hugging Face hub id. An adapter folder knows its base model.
-Exit status: 0 done, 1 verification failed, 2 a mistake to mend (one line says which), 130 Ctrl-C.
-"""
-_OVERRIDES = """Any key of docs/configuration.md can follow as --key=value:
-  jaxlora {name} my.yml --lora_r=32 --datasets.0.path=x.jsonl
-"""
 _FORMATS = ("int4", "nf4", "int8")
 _EXAMPLES = {
     "generate": """examples:
@@ -56,57 +43,12 @@ Exit status 0: every tensor loads and the logits agree; 1: they do not.
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status."""
-    # Advice about frameworks that jaxlora does not need.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    if options.command == "generate":  # argparse gives up on prompts that come after an option
-        options.prompts += [word for word in rest if not word.startswith("-")]
-        rest = [word for word in rest if word.startswith("-")]
-    if rest and not options.takes_overrides:
-        parser.error(f"unknown argument {rest[0]}; see jaxlora {options.command} --help")
-    options.overrides = rest
-    try:
-        return options.run(options) or 0
-    except UserError as error:
-        for line in str(error).splitlines():
-            print(f"jaxlora: error: {line}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("jaxlora: interrupted", file=sys.stderr)
-        return 130
+def add_commands(commands: Any) -> None:
+    """Adds the commands of this module."""
 
+    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        return add_command(commands, name, run, text, examples=_EXAMPLES[name])
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="jaxlora",
-        description="Fine-tune LLMs with LoRA and QLoRA in JAX, on CPU, GPU or TPU.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"jaxlora {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(name: str, run: Any, text: str, *, config: bool = False) -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog=_OVERRIDES.format(name=name) if config else _EXAMPLES[name],
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.set_defaults(run=run, takes_overrides=config)
-        if config:
-            command.add_argument("config", help="YAML file, or Python file with get_config()")
-        return command
-
-    add("train", _train, "Fine-tune as a configuration says.", config=True)
-    evaluate = add("evaluate", _evaluate, "Score on the held-out data.", config=True)
-    evaluate.add_argument("--adapter", help="adapter to score; default: the one in output_dir")
-    preprocess = add("preprocess", _preprocess, "Tokenize the data and show it.", config=True)
-    preprocess.add_argument("--preview", type=int, default=1, help="examples to show (default 1)")
     for name, run, text in (
         ("generate", _generate, "Answer prompts."),
         ("chat", _chat, "Talk with a model."),
@@ -124,7 +66,6 @@ def _parser() -> argparse.ArgumentParser:
     add("inspect", _inspect, "Show sizes, targets and contents of a folder.").add_argument(
         "path", help="model, adapter, output folder, checkpoint, or hub id"
     )
-    return parser
 
 
 def _add_model(
@@ -167,39 +108,6 @@ def _add_sampling(command: argparse.ArgumentParser, *, prompts: bool) -> None:
     command.add_argument("--top_k", type=int, default=0, help="0 is off (default)")
     command.add_argument("--top_p", type=float, default=1.0, help="1 is off (default)")
     command.add_argument("--seed", type=int, default=0, help="of the sampling (default 0)")
-
-
-def _train(options: argparse.Namespace) -> None:
-    from jaxlora import api
-
-    api.train(options.config, *options.overrides)
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    from jaxlora import api
-
-    config = api.load_config(options.config, options.overrides)
-    adapter = options.adapter
-    if adapter is None and os.path.isfile(f"{config.output_dir}/adapter_config.json"):
-        adapter = config.output_dir
-    result = api.evaluate(config, adapter=adapter)
-    print(f"evaluated: {config.base_model}" + (f" + {adapter}" if adapter else ""))
-    print(f"held-out loss {result.loss:.4f} (perplexity {result.perplexity:.2f})")
-    if result.score is not None:
-        score = result.score
-        print(f"held-out exact match {score.rate:.1%} ({score.correct} of {score.total})")
-
-
-def _preprocess(options: argparse.Namespace) -> None:
-    from jaxlora import api
-    from jaxlora.training.describe import describe_report, preview
-
-    prepared, tokenizer = api.preprocess(options.config, *options.overrides)
-    print(describe_report(prepared.report))
-    print(f"cache: {prepared.report.folder}")
-    for number in range(min(options.preview, len(prepared.train))):
-        print(f"\nexample {number + 1}; trained text is between [ and ]:")
-        print(preview(prepared.train, number, tokenizer))
 
 
 def _quantization(options: argparse.Namespace) -> Any:
@@ -289,12 +197,6 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _inspect(options: argparse.Namespace) -> None:
     from jaxlora import api
+    from jaxlora.config.report import table
 
-    rows = api.inspect(options.path)
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"{name:<{width}}  {value}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    print(table(api.inspect(options.path)))

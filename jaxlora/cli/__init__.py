@@ -1,0 +1,70 @@
+"""The `jaxlora` command: parses flags, calls the API, prints."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from jaxlora.cli import configuration, models, runs
+from jaxlora.core.errors import UserError
+from jaxlora.core.version import __version__
+
+_EPILOG = """examples:
+  jaxlora init my.yml                                  write a configuration: three questions
+  jaxlora train configs/quickstart.yml                 fine-tune; the output folder tells the rest
+  jaxlora train my.yml --lora_r=32 --max_steps=100     any key of the file can be overridden
+  jaxlora chat outputs/quickstart                      talk to a model or adapter
+  jaxlora merge outputs/quickstart --output merged     one folder that transformers loads
+
+Every MODEL is a folder or a Hugging Face hub id. An adapter folder knows its base model.
+Exit status: 0 done, 1 verification failed, 2 a mistake to mend (one line says which), 130 Ctrl-C.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    # Advice about frameworks that jaxlora does not need.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    parser = _parser()
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    options, rest = parser.parse_known_args(words)
+    if options.command == "generate":  # argparse gives up on prompts that come after an option
+        options.prompts += [word for word in rest if not word.startswith("-")]
+        rest = [word for word in rest if word.startswith("-")]
+    if rest and not options.takes_overrides:
+        parser.error(f"unknown argument {rest[0]}; see jaxlora {options.command} --help")
+    if again := _repeated(words):
+        parser.error(f"{again}: given twice; keep one")
+    options.overrides = rest
+    try:
+        return options.run(options) or 0
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"jaxlora: error: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jaxlora: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jaxlora",
+        description="Fine-tune LLMs with LoRA and QLoRA in JAX, on CPU, GPU or TPU.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"jaxlora {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for group in (runs, configuration, models):
+        group.add_commands(commands)
+    return parser
+
+
+def _repeated(words: Sequence[str]) -> str | None:
+    """Returns a flag that stands twice; argparse would take the last."""
+    flags = [word.partition("=")[0].replace("-", "_") for word in words if word.startswith("--")]
+    flags = flags[: flags.index("__")] if "__" in flags else flags
+    twice = next((flag for i, flag in enumerate(flags) if flag in flags[:i]), None)
+    return twice and twice.replace("_", "-", 2)

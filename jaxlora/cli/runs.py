@@ -1,0 +1,65 @@
+"""Commands on a configuration: train, evaluate, preprocess."""
+
+import argparse
+import os
+from typing import Any
+
+from jaxlora.cli.command import add_command
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the commands of this module."""
+
+    def add(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        return add_command(commands, name, run, text, config=name)
+
+    train = add("train", _train, "Fine-tune as a configuration says.")
+    train.add_argument(
+        "--dry-run",
+        "--dry_run",
+        action="store_true",
+        help="open model and data, say what would be done, write nothing",
+    )
+    evaluate = add("evaluate", _evaluate, "Score on the held-out data.")
+    evaluate.add_argument("--adapter", help="adapter to score; default: the one in output_dir")
+    preprocess = add("preprocess", _preprocess, "Tokenize the data and show it.")
+    preprocess.add_argument("--preview", type=int, default=1, help="examples to show (default 1)")
+
+
+def _train(options: argparse.Namespace) -> int | None:
+    from jaxlora import api
+
+    if options.dry_run:
+        from jaxlora.cli.configuration import print_report
+        from jaxlora.training.rehearsal import rehearse
+
+        return print_report(options.config, options.overrides, rehearse)
+    api.train(options.config, *options.overrides)
+    return None
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from jaxlora import api
+
+    config = api.load_config(options.config, options.overrides)
+    adapter = options.adapter
+    if adapter is None and os.path.isfile(f"{config.output_dir}/adapter_config.json"):
+        adapter = config.output_dir
+    result = api.evaluate(config, adapter=adapter)
+    print(f"evaluated: {config.base_model}" + (f" + {adapter}" if adapter else ""))
+    print(f"held-out loss {result.loss:.4f} (perplexity {result.perplexity:.2f})")
+    if result.score is not None:
+        score = result.score
+        print(f"held-out exact match {score.rate:.1%} ({score.correct} of {score.total})")
+
+
+def _preprocess(options: argparse.Namespace) -> None:
+    from jaxlora import api
+    from jaxlora.training.describe import describe_report, preview
+
+    prepared, tokenizer = api.preprocess(options.config, *options.overrides)
+    print(describe_report(prepared.report))
+    print(f"cache: {prepared.report.folder}")
+    for number in range(min(options.preview, len(prepared.train))):
+        print(f"\nexample {number + 1}; trained text is between [ and ]:")
+        print(preview(prepared.train, number, tokenizer))
