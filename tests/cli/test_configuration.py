@@ -2,9 +2,9 @@
 
 import io
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -160,10 +160,14 @@ def test_dry_run_says_the_numbers_of_the_run_and_writes_nothing(
 
 
 def test_help_is_there_in_a_tenth_of_a_second():
-    def run():
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "jaxlora.cli", "--help"], capture_output=True)
-        return time.perf_counter() - started
+    def cpu_s():
+        spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return spent.ru_utime + spent.ru_stime
 
-    # The best of several: other programs share the machine.
-    assert min(run() for _ in range(8)) <= 0.1
+    def run():
+        before = cpu_s()
+        subprocess.run([sys.executable, "-m", "jaxlora.cli", "--help"], capture_output=True)
+        return cpu_s() - before
+
+    # Processor time, and the best of several: other programs share the machine.
+    assert min(run() for _ in range(5)) <= 0.1
