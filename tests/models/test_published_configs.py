@@ -18,6 +18,10 @@ NUMBERS = {
     "ModernBERT-base": (50368, 768, 1152, 22, 12, 12, 64, 8192, 1e-5, 1.6e5, 65, True),
     "OLMo-2-1124-7B": (100352, 4096, 11008, 32, 32, 32, 128, 4096, 1e-6, 5e5, None, False),
     "Phi-3-mini-4k-instruct": (32064, 3072, 8192, 32, 32, 32, 96, 4096, 1e-5, 1e4, 2047, False),
+    "Phi-4-mini-instruct": (
+        *(200064, 3072, 8192, 32, 24, 8, 128, 131072),
+        *(1e-5, 1e4, 262144, True),
+    ),
     "Qwen2.5-7B": (152064, 3584, 18944, 28, 28, 4, 128, 131072, 1e-6, 1e6, None, False),
     "Qwen3-30B-A3B": (151936, 2048, 6144, 48, 32, 4, 128, 40960, 1e-6, 1e6, None, False),
     "Qwen3-8B": (151936, 4096, 12288, 36, 32, 8, 128, 40960, 1e-6, 1e6, None, False),
@@ -51,6 +55,7 @@ EXPERTS = {
 # Channels of a head that are turned, where not all.
 ROTARY = {
     **{"DeepSeek-V3": 64, "glm-4-9b-hf": 64, "phi-2": 32, "pythia-160m": 16, "stablelm-2-1_6b": 16},
+    "Phi-4-mini-instruct": 96,
     **dict.fromkeys(("gpt2", "bert-base-uncased", "roberta-base"), 0),
 }
 

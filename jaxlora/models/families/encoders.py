@@ -4,9 +4,8 @@ from jaxlora.models.families.llama import FULL, SLIDING
 from jaxlora.models.families.row import SIZES, Family, Fields, field, layer_names, layers_of_type
 
 _IGNORED = frozenset(
-    """hidden_dropout_prob attention_probs_dropout_prob classifier_dropout cls_token_id sep_token_id
-    mask_token_id directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers
-    pooler_size_per_head pooler_type""".split()
+    """classifier_dropout mask_token_id directionality pooler_fc_size pooler_num_attention_heads
+    pooler_num_fc_layers pooler_size_per_head pooler_type""".split()
 )
 
 BERT = Family(

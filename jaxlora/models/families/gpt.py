@@ -109,7 +109,7 @@ GPT2 = Family(
     },
     ignored=frozenset(
         """summary_type summary_use_proj summary_activation summary_proj_to_labels
-        summary_first_dropout task_specific_params n_ctx""".split()
+        summary_first_dropout n_ctx""".split()
     ),
     prefix="transformer.",
     buffers=("attn.bias", "attn.masked_bias"),

@@ -73,6 +73,7 @@ STABLELM = LLAMA.but(
         "norms": _one_norm_if("use_parallel_residual"),
         "parallel_block": field("use_parallel_residual"),
     },
+    expected={"rotary_scaling_factor": (1.0,)},
     names={  # a tensor for every head
         "layers/attention/q_norm/scale": (
             "model.layers.{layer}.self_attn.q_layernorm.norms.{part}.weight"

@@ -235,6 +235,8 @@ PHI3 = LLAMA.but(
         **FUSED_GATE_UP,
         **layer_names("model.layers.{layer}", {"attention/qkv_proj": "self_attn.qkv_proj"}),
     },
+    # Of the code that came with Phi-4-mini; transformers' own has neither.
+    expected={"full_attn_mod": (1,), "interpolate_factor": (1,)},
 )
 
 _GLM_CONFIG: dict[str, Any] = {

@@ -26,11 +26,15 @@ _EXPECTED: dict[str, tuple[Any, ...]] = {
 _IGNORED = frozenset(
     """
     architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id
-    eos_token_id pad_token_id pretraining_tp name_or_path auto_map id2label label2id problem_type
-    output_attentions output_hidden_states return_dict torchscript use_bfloat16 tokenizer_class
-    is_decoder unsloth_version unsloth_fixed max_length max_sequence_length is_llama_config
-    transformers.js_config cache_implementation attention_dropout hidden_dropout resid_pdrop
-    embd_pdrop attn_pdrop residual_dropout embedding_dropout
+    eos_token_id pad_token_id pretraining_tp name_or_path auto_map id2label label2id
+    problem_type output_attentions output_hidden_states return_dict torchscript use_bfloat16
+    tokenizer_class is_decoder unsloth_version unsloth_fixed max_length max_sequence_length
+    model_max_length is_llama_config transformers.js_config cache_implementation
+    attn_implementation output_past custom_pipelines finetuning_task task_specific_params
+    gradient_checkpointing neftune_noise_alpha sep_token_id cls_token_id decoder_start_token_id
+    do_sample temperature top_p top_k repetition_penalty max_new_tokens min_length num_beams
+    attention_dropout hidden_dropout resid_pdrop hidden_dropout_prob
+    attention_probs_dropout_prob embd_pdrop attn_pdrop residual_dropout embedding_dropout
     """.split()
 )
 # Types that some older repositories name instead of the architecture.
