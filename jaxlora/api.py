@@ -13,7 +13,6 @@ from jaxlora.config import settings
 from jaxlora.config.load import load_config
 from jaxlora.config.schema import Config
 from jaxlora.data.prepare import Prepared, prepare
-from jaxlora.data.tokenizer import load_tokenizer
 from jaxlora.generation.model import LanguageModel, load
 from jaxlora.generation.sampling import SamplingOptions
 from jaxlora.generation.scoring import Score
@@ -24,6 +23,7 @@ from jaxlora.training.evaluation import evaluate as _evaluate
 from jaxlora.training.export import export
 from jaxlora.training.loop import train as _train
 from jaxlora.training.results import TrainResult
+from jaxlora.training.vocabulary import open_tokenizer
 from jaxlora.verification import Verdict, verify
 
 __all__ = [
@@ -107,11 +107,7 @@ def generate(
 def preprocess(source: Source, *overrides: str) -> tuple[Prepared, Any]:
     """Tokenizes the data of a configuration into the cache; returns it with the tokenizer."""
     config = _config(source, overrides)
-    tokenizer = load_tokenizer(
-        config.tokenizer_config or config.base_model,
-        revision=config.revision_of_model,
-        special_tokens=config.special_tokens.model_dump(exclude_none=True),
-    )
+    tokenizer = open_tokenizer(config).tokenizer
     prepared = prepare(
         settings.train_specs(config),
         settings.held_out_specs(config),

@@ -12,6 +12,7 @@ from jaxlora.checkpoints.load import check_weights, read_model_config, storage_o
 from jaxlora.checkpoints.peft_config import CONFIG_FILE
 from jaxlora.checkpoints.store import CheckpointStore, locate
 from jaxlora.checkpoints.tensor_view import Tensors
+from jaxlora.checkpoints.whole import base_tables
 from jaxlora.core.errors import UserError
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import ParamSpec, describe
@@ -117,7 +118,12 @@ def _adapter(folder: Path) -> Rows:
     opened = open_adapter(folder)
     config, infos = opened.config, opened.tensors.info
     kind = "DoRA" if config.use_dora else "LoRA"
-    targets = config.target_modules
+    targets, tables = config.target_modules, base_tables(opened.tensors, config)
+    trained = sum(info.size for key, info in infos.items() if key not in tables)
+    rows = {info.shape[0] for info in tables.values()}
+    brought = (
+        f"{' or '.join(f'{n:,}' for n in rows)} tokens; the file brings {len(tables)} table(s)"
+    )
     return [
         (
             "adapter",
@@ -126,7 +132,8 @@ def _adapter(folder: Path) -> Rows:
         ("scale", "alpha / sqrt(r)" if config.use_rslora else "alpha / r"),
         ("base", str(opened.base_name)),
         ("targets", targets if isinstance(targets, str) else _names(targets)),
-        ("trained parameters", f"{sum(info.size for info in infos.values()):,}"),
+        ("trained parameters", f"{trained:,}"),
+        *([("vocabulary", brought)] if tables else []),
         ("tensors", _tensors(opened.tensors)),
     ]
 

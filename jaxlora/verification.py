@@ -125,7 +125,7 @@ def _peft_logits(
     model = Peft.from_pretrained(hf, str(folder), config=config, torch_device="cpu").eval()
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     # PEFT may add the untouched tables below adapters; it loads as well without.
-    tables = set(get_peft_model_state_dict(model)) - wanted
+    tables = set(get_peft_model_state_dict(model, save_embedding_layers=True)) - wanted
     stored = set(TensorFiles(folder, "adapter_model").info)
     with torch.no_grad():
         logits = model(torch.from_numpy(probe_tokens(cfg))).logits.numpy()

@@ -18,13 +18,15 @@ from jaxlora.checkpoints.whole import (
     read_tables,
     read_trained,
     table_keys,
+    table_tensors,
     trained_entries,
+    trained_tensors,
     vocabulary,
 )
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree, flatten, unflatten
 from jaxlora.lora.config import LoraConfig
-from jaxlora.lora.parts import Part, Parts, fill, vocabulary_tables
+from jaxlora.lora.parts import Part, Parts, fill, vocabulary_leaves
 from jaxlora.lora.targets import Target
 from jaxlora.lora.transform import Adapter
 from jaxlora.models.config import ModelConfig
@@ -40,7 +42,7 @@ class LoadedAdapter:
       config: its options.
       pairs, targets: its low-rank pairs.
       params, parts: what it trained with all its numbers, ``{leaf path: array}``, float32.
-      tables: base leaves that it brings along, for new tokens.
+      tables: base leaves that it brings along, for new tokens, float32.
     """
 
     cfg: ModelConfig
@@ -65,6 +67,30 @@ class LoadedAdapter:
             value = jnp.asarray(self.params[path], dtype)
             leaves[path] = fill(None if part.whole else part.hole(leaves[path]), value)
         return lora.apply(unflatten(leaves), self.pairs, self.targets)
+
+
+def tensors_beside(
+    cfg: ModelConfig,
+    stored: ModelConfig,
+    targets: Mapping[str, Target],
+    parts: Parts,
+    params: Mapping[str, Any],
+    tables: Mapping[str, Any],
+) -> dict[str, np.ndarray]:
+    """Returns ``{PEFT's key: values}`` of all in an adapter file that is no low-rank pair.
+
+    Args:
+      cfg: shape of the base as the adapter wants it.
+      stored: shape of the base on disk.
+      targets: of the low-rank pairs.
+      parts, params: what trained with all its numbers.
+      tables: base leaves of the vocabulary, which the file needs if the base on disk lacks rows.
+    """
+    specs = describe(cfg)
+    tensors = trained_tensors(specs, parts, params)
+    if cfg.vocab_size == stored.vocab_size:
+        return tensors
+    return tensors | table_tensors(specs, parts, targets, tables)
 
 
 def read_adapter(
@@ -102,10 +128,10 @@ def read_adapter(
     for path in (path for path, part in parts.items() if part.by_token):
         order = np.argsort(_token_ids(config, specs[path].modules()[0]))
         params[path] = np.take(params[path], order, parts[path].axis)
-    tables = read_tables(files, vocabulary_tables(specs), parts)
+    tables = read_tables(files, vocabulary_leaves(specs), parts)
     beside = {key for _, _, key, _ in trained_entries(specs, parts)}
     # The head of a tied model is the embedding again, wrapped or not.
-    for spec in vocabulary_tables(describe(dataclasses.replace(cfg, tie_embedding=False))).values():
+    for spec in vocabulary_leaves(describe(dataclasses.replace(cfg, tie_embedding=False))).values():
         beside |= table_keys(spec)
         if spec.kind == "head" and cfg.tie_embedding:
             beside |= {key for key in files.info if f".{spec.modules()[0]}.token_adapter." in key}

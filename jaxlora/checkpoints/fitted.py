@@ -1,6 +1,7 @@
 """A base model as a run or an adapter wants it: room for new tokens, a head of its own."""
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,13 @@ from jaxlora.core.axes import VOCAB
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree, flatten, unflatten
 from jaxlora.lora.config import LoraConfig
-from jaxlora.lora.parts import Parts, token_rows, vocabulary_tables, whole_modules
+from jaxlora.lora.parts import (
+    Parts,
+    token_rows,
+    vocabulary_leaves,
+    vocabulary_tables,
+    whole_modules,
+)
 from jaxlora.lora.targets import selects
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import ParamSpec, describe
@@ -98,7 +105,8 @@ def load_base(
     split: Split | None = None,
     progress: Callable[[int, int], None] | None = None,
     trained: Collection[str] = (),
-    mean_resizing: bool = True,
+    mean_resizing: bool = False,
+    only: Collection[str] | None = None,
 ) -> Tree:
     """Returns the parameter tree of `cfg` from a folder that holds `stored`.
 
@@ -108,10 +116,12 @@ def load_base(
       cfg: shape wanted, from `fit`.
       trained: paths read in float32 and never quantized.
       mean_resizing: new rows are the mean of the old ones (transformers draws them from a normal
-        distribution around it, of a billionth of the old rows' covariance); else they are random.
+        distribution around it, of a billionth of the old rows' covariance); else they are random,
+        the same each time, as the model's fresh weights are.
+      only: paths to read, of the stored model; None: all.
 
     Raises:
-      UserError: as `load_params`.
+      UserError: as `load_params`; a table that must grow and is quantized in the files.
     """
     specs = describe(cfg)
     head: dict[str, Any] = {}
@@ -119,7 +129,7 @@ def load_base(
     shared = ["embed/embedding"] if own_head else []
 
     def fitted(path: str, leaf: Any) -> Any:
-        leaf = _resized(leaf, specs[path], cfg, mean_resizing)
+        leaf = _resized(path, leaf, specs[path], cfg.init_std if not mean_resizing else None)
         if path in shared:
             for other in own_head:
                 head[other] = place(other, np.ascontiguousarray(stored_as(other, leaf).T))
@@ -137,20 +147,54 @@ def load_base(
         split=split,
         progress=progress,
         trained={*trained, *shared},
+        only=only,
     )
     return unflatten({**flatten(params), **head})
 
 
-def _resized(leaf: np.ndarray, spec: ParamSpec, cfg: ModelConfig, mean: bool) -> np.ndarray:
+def resized_tables(
+    folder: Path, stored: ModelConfig, cfg: ModelConfig, *, mean_resizing: bool
+) -> dict[str, np.ndarray]:
+    """Returns the leaves of the vocabulary as `load_base` makes them for `cfg`, float32.
+
+    Args:
+      folder, stored, cfg, mean_resizing: as there.
+
+    Raises:
+      UserError: as there.
+    """
+    params = load_base(
+        folder,
+        stored,
+        cfg,
+        dtype=jnp.float32,
+        place=lambda path, leaf: leaf,
+        trained=vocabulary_leaves(describe(cfg)),
+        mean_resizing=mean_resizing,
+        only=vocabulary_leaves(describe(stored)),
+    )
+    return flatten(params)
+
+
+def _resized(path: str, leaf: Any, spec: ParamSpec, deviation: float | None) -> Any:
+    """`leaf` with rows for new tokens, at the mean of the others or random of that deviation."""
     if VOCAB not in spec.axes or leaf.shape == spec.full_shape:
         return leaf
+    if not isinstance(leaf, np.ndarray):
+        raise UserError(
+            f"tokens: {spec.hf_names[0]} is quantized in the files of the base and cannot grow; "
+            "name its module in lora_modules_to_save, or give the unquantized model."
+        )
     axis = spec.axes.index(VOCAB)
     new = spec.shape[axis] - leaf.shape[axis]
     old = leaf if axis == 0 else leaf.T
-    if mean:
-        rows = np.repeat(old.mean(axis=0, dtype=np.float32, keepdims=True), new, axis=0)
-    else:
-        rows = np.random.default_rng(axis).normal(0.0, cfg.init_std, (new, *old.shape[1:]))
+    if deviation is None:
+        rows = np.repeat(old.mean(axis=0, dtype=np.float64, keepdims=True), new, axis=0)
+    elif old.ndim == 1:
+        rows = np.zeros(new)
+    else:  # each table its own numbers
+        generator = np.random.default_rng(zlib.crc32(path.encode()))
+        rows = generator.normal(0.0, deviation, (new, *old.shape[1:]))
     return np.concatenate([leaf, (rows if axis == 0 else rows.T).astype(leaf.dtype)], axis=axis)
 
 

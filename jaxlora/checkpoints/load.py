@@ -81,6 +81,7 @@ def load_params(
     split: Split | None = None,
     progress: Callable[[int, int], None] | None = None,
     trained: Collection[str] = (),
+    only: Collection[str] | None = None,
 ) -> Tree:
     """Returns the parameter tree of a model folder.
 
@@ -98,6 +99,7 @@ def load_params(
         how an adapter is taken out of the base on the way (`jaxlora.lora.Splitter`).
       progress: called with elements read so far and in all, after every tensor.
       trained: paths of leaves that are read in float32 and never quantized.
+      only: paths of the leaves to read; None: all.
 
     Raises:
       UserError: missing, leftover or misshapen tensors (found before any is read), damaged files,
@@ -112,6 +114,7 @@ def load_params(
     reader = Reader(files, jnp.dtype(dtype), _settled(quantization, storage, folder), storage)
     plain = Reader(files, jnp.dtype(jnp.float32), None, storage)
     sources = find_sources(files, specs, cfg, storage)
+    specs = {path: spec for path, spec in specs.items() if only is None or path in only}
     total, done = sum(spec.size for spec in specs.values()), 0
     leaves = {}
     for path, spec in sorted(specs.items(), key=lambda item: -reader.size(item[1])):

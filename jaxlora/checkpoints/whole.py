@@ -7,16 +7,18 @@ import numpy as np
 
 from jaxlora.checkpoints.peft_tensors import PREFIX
 from jaxlora.checkpoints.tensor_view import Tensors
+from jaxlora.checkpoints.tensors import TensorInfo
 from jaxlora.core.errors import UserError
+from jaxlora.lora.config import LoraConfig
 from jaxlora.lora.parts import Part
 from jaxlora.lora.targets import Target
 from jaxlora.models.parameters import ParamSpec
 
 _ROWS = ".token_adapter.trainable_tokens_delta"
-# Where PEFT keeps the table of an embedding or head, depending on what is wrapped around it.
-_TABLE_SUFFIXES = (".weight", ".base_layer.weight", ".token_adapter.base_layer.weight")
+# Where PEFT keeps an embedding or head, depending on what is wrapped around it.
+_PLAIN, _PAIR, _BY_ROW = "", ".base_layer", ".token_adapter.base_layer"
 # Copies that PEFT writes of a resized table in modules_to_save.
-_COPIES = (".original_module.weight", ".modules_to_save.weight")
+_COPIES = (".original_module", ".modules_to_save")
 
 Entry = tuple[str, int | None, str, tuple[int, ...]]
 
@@ -109,13 +111,29 @@ def table_tensors(
     tensors = {}
     for path, leaf in leaves.items():
         spec, part = specs[path], parts.get(path)
-        if part is not None and part.whole:
+        if (part is not None and part.whole) or (path in targets and targets[path].vector):
             continue
-        suffix = _TABLE_SUFFIXES[2 if part is not None else 1 if path in targets else 0]
         values = np.asarray(leaf).astype(np.float32)
-        key = f"{PREFIX}{spec.modules()[0]}{suffix}"
+        key = _table_key(spec, _wrapping(spec, specs, parts, targets))
         tensors[key] = np.ascontiguousarray(values.T if spec.transposed else values)
     return tensors
+
+
+def _wrapping(
+    spec: ParamSpec,
+    specs: Mapping[str, ParamSpec],
+    parts: Mapping[str, Part],
+    targets: Mapping[str, Target],
+) -> str:
+    """What PEFT has put around the module of a table."""
+    module = spec.modules()[0]
+    own = {path for path, other in specs.items() if other.modules()[0] == module}
+    if not any(specs[path].kind in ("embedding", "head") for path in own):
+        # The head of a tied model, of which only the bias is left: wrapped like the embedding.
+        own = {path for path in parts if specs[path].kind == "embedding"}
+    if any(path in parts and parts[path].by_token for path in own):
+        return _BY_ROW
+    return _PAIR if any(path in targets and not targets[path].vector for path in own) else _PLAIN
 
 
 def read_tables(
@@ -133,7 +151,7 @@ def read_tables(
             continue
         for key in _table_keys(spec):
             if key in files.info:
-                _check_shape(files, key, _turned(spec, spec.shape))
+                _check_shape(files, key, spec.tensor_shape)
                 values = files.read(key)
                 found[path] = np.ascontiguousarray(values.T if spec.transposed else values)
     return found
@@ -141,11 +159,29 @@ def read_tables(
 
 def table_keys(spec: ParamSpec) -> set[str]:
     """Returns every key under which PEFT may have written a table, copies included."""
-    return {*_table_keys(spec), *(f"{PREFIX}{spec.modules()[0]}{copy}" for copy in _COPIES)}
+    return {*_table_keys(spec), *(_table_key(spec, copy) for copy in _COPIES)}
 
 
 def _table_keys(spec: ParamSpec) -> list[str]:
-    return [f"{PREFIX}{spec.modules()[0]}{suffix}" for suffix in _TABLE_SUFFIXES]
+    return [_table_key(spec, wrapping) for wrapping in (_PLAIN, _PAIR, _BY_ROW)]
+
+
+def _table_key(spec: ParamSpec, wrapping: str) -> str:
+    # Not by the tensor's own name: a head's bias may lie elsewhere in the files of the base.
+    leaf = "bias" if spec.kind == "bias" else "weight"
+    return f"{PREFIX}{spec.modules()[0]}{wrapping}.{leaf}"
+
+
+def base_tables(files: Tensors, config: LoraConfig) -> dict[str, TensorInfo]:
+    """Returns the tensors of an adapter that were not trained: tables of its base, by key."""
+
+    def trained(key: str) -> bool:
+        module, _, leaf = key.rpartition(".")
+        whole = any(module.endswith(name) for name in config.modules_to_save)
+        bias = leaf == "bias" and config.train_bias != "none"
+        return whole or bias or "lora_" in key or key.endswith(_ROWS)
+
+    return {key: info for key, info in files.info.items() if not trained(key)}
 
 
 def vocabulary(files: Tensors, embedding: ParamSpec) -> int | None:

@@ -113,7 +113,7 @@ class DatasetConfig(Section):
 
 
 class SpecialTokens(Section):
-    """Replaces special tokens of the tokenizer."""
+    """Names special tokens of the tokenizer; a text that it does not know becomes a new token."""
 
     bos_token: Text | None = None
     """Beginning of a sequence."""
@@ -123,6 +123,8 @@ class SpecialTokens(Section):
     """Fills a row up; never trained."""
     unk_token: Text | None = None
     """Stands for what the tokenizer does not know."""
+    additional_special_tokens: tuple[Text, ...] = ()
+    """Further tokens that the text of a user can never contain."""
 
 
 AxisSize = Annotated[Whole, Field(ge=-1, le=1_000_000)]

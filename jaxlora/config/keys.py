@@ -84,8 +84,6 @@ _NO_OP = {
         dataloader_prefetch_factor dataloader_drop_last num_dataset_shards_to_save
         preprocess_iterable""",
     "shuffle_merged_datasets sets the order": "shuffle_before_merging_datasets",
-    "the embedding keeps its size": """resize_token_embeddings_to_32x
-        mean_resizing_embeddings""",
     "unknown keys are always errors": "strict",
     "leave adapter out to train every weight": "full_finetune",
     "bf16 sets the compute dtype": "torch_dtype",
@@ -144,8 +142,8 @@ _REFUSED = {
     "not available; sample_packing wastes less": "group_by_length",
     "not available; set shuffle_merged_datasets: false in a file that is in order already": """
         curriculum_sampling""",
-    "not available; the vocabulary stays as it is": """tokens added_tokens_overrides
-        fix_untrained_tokens shrink_embeddings""",
+    "not available; train their rows: peft_trainable_token_indices": "fix_untrained_tokens",
+    "not available; the embedding never shrinks": "shrink_embeddings",
     "not available; learning_rate holds for every weight": """lr_groups embedding_lr
         embedding_lr_scale""",
     "not available; change the model's config.json": """model_config overrides_of_model_config

@@ -10,7 +10,7 @@ from jaxlora.config.schema import Config
 
 def notes(config: Config) -> list[str]:
     """Returns what the user should know of the keys of the file; nothing here is an error."""
-    topics = (_foreign, _data, _training, _adapter, _quantization)
+    topics = (_foreign, _data, _training, _tokens, _adapter, _quantization)
     return [line for topic in topics for line in topic(config)]
 
 
@@ -53,6 +53,20 @@ def _training(config: Config) -> Iterator[str]:
         yield "gradient_checkpointing: read as remat: full; nothing is offloaded"
     if config.resume_from_checkpoint and config.auto_resume_from_checkpoints:
         yield "auto_resume_from_checkpoints: no effect: resume_from_checkpoint decides"
+
+
+def _tokens(config: Config) -> Iterator[str]:
+    special = config.special_tokens
+    names = {special.bos_token, special.eos_token, special.pad_token, special.unk_token}
+    for text in config.tokens:
+        if text in names or text in special.additional_special_tokens:
+            yield f"tokens: {text} is one of special_tokens already"
+    learned = config.lora_modules_to_save or config.peft_trainable_token_indices
+    if config.adapter and config.added_tokens_overrides and not learned:
+        yield (
+            "added_tokens_overrides: the rows of these tokens stay as they are; list their ids in "
+            "peft_trainable_token_indices to train them"
+        )
 
 
 def _adapter(config: Config) -> Iterator[str]:

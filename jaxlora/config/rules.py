@@ -25,8 +25,18 @@ class Problem:
 
 def problems(config: Config) -> list[Problem]:
     """Returns every broken rule, in the order of the rules."""
-    rules = (_data, _templates, _held_out, _cadence, _batch, _length, _adapter, _start)
+    rules = (_tokens, _data, _templates, _held_out, _cadence, _batch, _length, _adapter, _start)
     return [problem for rule in (*rules, _quantization, _training) for problem in rule(config)]
+
+
+def _tokens(config: Config) -> Iterator[Problem]:
+    texts, key = list(config.added_tokens_overrides.values()), "added_tokens_overrides"
+    for text in sorted({text for text in texts if texts.count(text) > 1}):
+        yield Problem((key,), f"{text} is given to two tokens; each needs a text of its own")
+    for text in config.tokens:
+        if text in texts:
+            problem = f"{text} is in {key} too; leave it out of one of them"
+            yield Problem(("tokens",), problem, (key,))
 
 
 def _data(config: Config) -> Iterator[Problem]:

@@ -29,6 +29,7 @@ from jaxlora.config.values import (
     Steps,
     Strategy,
     Text,
+    TokenId,
     Whole,
 )
 
@@ -45,7 +46,16 @@ class ModelKeys(Section):
     revision_of_model: Text | None = None
     """Branch, tag or commit of a hub model."""
     special_tokens: SpecialTokens = Field(default_factory=SpecialTokens)
-    """Replaces special tokens of the tokenizer."""
+    """Names special tokens of the tokenizer; a text that it does not know becomes a new token."""
+    tokens: tuple[Text, ...] = ()
+    """New tokens; with an adapter, lora_modules_to_save must name embedding and head, or
+    peft_trainable_token_indices the ids of the new tokens."""
+    added_tokens_overrides: dict[TokenId, Text] = Field(default_factory=dict)
+    """New texts, by id, of tokens that the tokenizer holds in reserve."""
+    resize_token_embeddings_to_32x: Flag = False
+    """Gives the embedding a multiple of 32 rows where new tokens make it grow."""
+    mean_resizing_embeddings: Flag = False
+    """Starts the rows of new tokens at the mean of the old ones; else they are random."""
     reinit_weights: Flag = False
     """Trains from random weights; only the configuration of `base_model` is read."""
     bf16: Flag | Literal["auto"] = "auto"

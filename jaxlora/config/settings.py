@@ -3,6 +3,7 @@
 from jaxlora.config import derived
 from jaxlora.config.datasets import DatasetConfig, PromptFormat
 from jaxlora.config.schema import Config
+from jaxlora.data.new_tokens import NewTokens
 from jaxlora.data.spec import DataOptions, DatasetSpec
 from jaxlora.lora.config import LoraConfig
 
@@ -35,6 +36,13 @@ def lora_config(config: Config) -> LoraConfig | None:
         init=derived.lora_init(config),
         loftq_iter=loftq.loftq_iter if loftq else 1,
     )
+
+
+def new_tokens(config: Config) -> NewTokens:
+    """Returns what the run adds to its tokenizer."""
+    special = config.special_tokens.model_dump(exclude_none=True)
+    further = special.pop("additional_special_tokens")
+    return NewTokens(special, tuple(further), config.tokens, config.added_tokens_overrides)
 
 
 def train_specs(config: Config) -> tuple[DatasetSpec, ...]:

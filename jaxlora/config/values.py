@@ -18,6 +18,11 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _digits(value: Any) -> Any:
+    # JSON knows no keys but text.
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 def _strategy(value: Any) -> Any:
     # YAML 1.1 reads an unquoted no as false.
     return "no" if value is False else value
@@ -42,6 +47,7 @@ Whole = Annotated[int, Field(strict=True)]
 Count = Annotated[Whole, Field(ge=1, le=100_000_000)]
 Natural = Annotated[Whole, Field(ge=0, le=100_000_000)]
 Steps = Annotated[Natural, BeforeValidator(_steps_not_share)]
+TokenId = Annotated[Natural, BeforeValidator(_digits)]
 Size = Annotated[Whole, Field(ge=1, le=1_000_000)]
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,8 @@ NAMED_TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3}
 _OWN, _FALLBACK = "tokenizer_default", "tokenizer_default_fallback_"
 
 
-def load_tokenizer(
-    path: str | Path,
-    *,
-    revision: str | None = None,
-    special_tokens: Mapping[str, str | None] | None = None,
-) -> Any:
+def load_tokenizer(path: str | Path, *, revision: str | None = None) -> Any:
     """A transformers fast tokenizer from a folder or a hub id; code of a repository never runs.
-
-    `special_tokens` are names and texts as in the configuration (``{"pad_token": "<pad>"}``); a
-    text that is not in the vocabulary is added to it.
 
     Raises:
         UserError: no tokenizer is there, it cannot be read, or it is not a fast one.
@@ -64,16 +56,7 @@ def load_tokenizer(
         raise UserError(f"{path}: its tokenizer cannot be loaded{advice}: {reason}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{path}: has no fast tokenizer; a tokenizer.json is needed.")
-    if gguf is not None:
-        tokenizer = _without_invented(tokenizer)
-    named = {name: text for name, text in (special_tokens or {}).items() if text is not None}
-    known = ("bos_token", "eos_token", "pad_token", "unk_token", "additional_special_tokens")
-    for name in named:
-        if name not in known:
-            raise UserError(f"special_tokens: {name} is not known.{did_you_mean(name, known)}")
-    if named:
-        tokenizer.add_special_tokens(named)
-    return tokenizer
+    return tokenizer if gguf is None else _without_invented(tokenizer)
 
 
 def _gguf_file(path: Path) -> Path | None:

@@ -161,12 +161,17 @@ def whole_modules(specs: Mapping[str, Described], suffixes: Sequence[str]) -> Pa
     return parts
 
 
+def vocabulary_leaves(specs: Mapping[str, _Spec]) -> dict[str, _Spec]:
+    """Returns what has a row for every token: the tables, and the bias of the head."""
+    return {path: spec for path, spec in specs.items() if VOCAB in spec.axes}
+
+
 def vocabulary_tables(specs: Mapping[str, _Spec]) -> dict[str, _Spec]:
     """Returns the embedding of the tokens, and the head where it has numbers of its own."""
     return {
         path: spec
-        for path, spec in specs.items()
-        if spec.kind in ("embedding", "head") and VOCAB in spec.axes
+        for path, spec in vocabulary_leaves(specs).items()
+        if spec.kind in ("embedding", "head")
     }
 
 

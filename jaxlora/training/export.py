@@ -1,21 +1,22 @@
 """Trained weights out: a PEFT adapter, or the whole model of a full fine-tune."""
 
+import tempfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlora import lora
 from jaxlora.checkpoints import hub, run_folder
-from jaxlora.checkpoints.adapter import read_adapter
+from jaxlora.checkpoints.adapter import read_adapter, tensors_beside
 from jaxlora.checkpoints.adapter_files import open_adapter
-from jaxlora.checkpoints.fitted import load_base
+from jaxlora.checkpoints.fitted import load_base, resized_tables, written_config
 from jaxlora.checkpoints.load import read_model_config
 from jaxlora.checkpoints.peft import save_adapter
 from jaxlora.checkpoints.peft_config import CONFIG_FILE
 from jaxlora.checkpoints.save import save_model
 from jaxlora.checkpoints.store import CheckpointStore, locate
-from jaxlora.checkpoints.whole import trained_tensors
 from jaxlora.config.load import load_config
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError
@@ -26,10 +27,6 @@ from jaxlora.models.parameters import describe
 from jaxlora.training.resume import CHECKPOINTS
 from jaxlora.training.setup import Model, open_model
 from jaxlora.training.state import TrainState, make_tx, quant_spec, saved, split_pairs
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
 
 
 def export_weights(config: Config, model: Model, state: Tree, folder: Path) -> None:
@@ -49,16 +46,7 @@ def export_weights(config: Config, model: Model, state: Tree, folder: Path) -> N
     """
     trainable = state["trainable"]
     if model.lora is None:
-        save_model(
-            _whole_model(model, trainable["params"]),
-            model.cfg,
-            folder,
-            source_folder=model.folder,
-            dtype=model.transformer.dtype,
-            overwrite=True,
-        )
-        if not _has_tokenizer(folder):  # a GGUF base has no such files
-            model.tokenizer.save_pretrained(str(folder))
+        _save_whole(config, model, trainable["params"], folder)
         return
     adapter, targets, options = trainable["adapter"], model.targets, model.lora
     storage = quant_spec(config)
@@ -75,19 +63,63 @@ def export_weights(config: Config, model: Model, state: Tree, folder: Path) -> N
         fingerprint=model.fingerprint or None,
         storage=storage,
         specs=model.specs,
-        beside=trained_tensors(model.specs, model.parts, trainable["params"]),
+        beside=tensors_beside(
+            model.cfg,
+            model.stored,
+            targets,
+            model.parts,
+            trainable["params"],
+            _tables(config, model),
+        ),
     )
+    _save_tokenizer(config, model, folder)
+
+
+def _save_tokenizer(config: Config, model: Model, folder: Path) -> None:
     choice = config.chat_template_jinja or config.chat_template
-    if choice is not None:  # who loads the adapter should ask as it was taught
+    if choice is not None:  # who loads the result should ask as it was taught
         model.tokenizer.chat_template = template_text(model.tokenizer, choice)
     model.tokenizer.save_pretrained(str(folder))
 
 
-def _whole_model(model: Model, trained: Tree) -> Tree:
+def _tables(config: Config, model: Model) -> dict[str, np.ndarray]:
+    """The tables that new tokens have made grow, read once more from the base."""
+    if model.cfg.vocab_size == model.stored.vocab_size:
+        return {}
+    if model.start is not None:
+        return model.start.tables
+    return resized_tables(
+        model.folder, model.stored, model.cfg, mean_resizing=config.mean_resizing_embeddings
+    )
+
+
+def _save_whole(config: Config, model: Model, trained: Tree, folder: Path) -> None:
+    _, raw = read_model_config(model.folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        _save_tokenizer(config, model, Path(temporary))
+        save_model(
+            _whole_model(config, model, trained),
+            model.cfg,
+            folder,
+            source_folder=model.folder,
+            tokenizer_folder=Path(temporary),
+            config=written_config(raw, model.stored, model.cfg),
+            dtype=model.transformer.dtype,
+            overwrite=True,
+        )
+
+
+def _whole_model(config: Config, model: Model, trained: Tree) -> Tree:
     """What was trained and, read once more, what was frozen (`unfrozen_parameters`)."""
     if model.specs.keys() == {path for path, part in model.parts.items() if part.whole}:
         return unflatten(trained)
-    base = load_base(model.folder, model.stored, model.cfg, dtype=model.transformer.dtype)
+    base = load_base(
+        model.folder,
+        model.stored,
+        model.cfg,
+        dtype=model.transformer.dtype,
+        mean_resizing=config.mean_resizing_embeddings,
+    )
     leaves = flatten(base)
     for path, part in model.parts.items():
         hole = None if part.whole else part.hole(leaves[path])
@@ -137,7 +169,9 @@ def _export_adapter(folder: Path, output: Path, base: str | Path | None) -> None
         adapter.config,
         base_name=str(name),
         specs=specs,
-        beside=trained_tensors(specs, adapter.parts, adapter.params),
+        beside=tensors_beside(
+            adapter.cfg, stored, adapter.targets, adapter.parts, adapter.params, adapter.tables
+        ),
     )
 
 

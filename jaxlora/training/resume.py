@@ -83,6 +83,7 @@ def identity(plan: Plan) -> dict[str, Any]:
         "peft_init_lora_weights": plan.model.lora and _init_of(plan.model.lora),
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
+        "mean_resizing_embeddings": _resized(plan) and config.mean_resizing_embeddings,
         # Last: it follows from several of the keys above, which say better what has changed.
         "data": plan.data.fingerprint,
         "parts": {
@@ -92,6 +93,11 @@ def identity(plan: Plan) -> dict[str, Any]:
         },
         "scales": {path: list(target.scales) for path, target in plan.model.targets.items()},
     }
+
+
+def _resized(plan: Plan) -> bool | None:
+    """Whether the base has got rows for new tokens; None, as older checkpoints say, if not."""
+    return plan.model.cfg.vocab_size != plan.model.stored.vocab_size or None
 
 
 def _init_of(lora: LoraConfig) -> str | None:

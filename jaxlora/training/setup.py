@@ -20,7 +20,7 @@ from jaxlora.data.batches import Batches
 from jaxlora.data.masking import Masking
 from jaxlora.data.prepare import Prepared, prepare
 from jaxlora.data.table import check_vocabulary
-from jaxlora.data.tokenizer import load_tokenizer, pad_id
+from jaxlora.data.tokenizer import pad_id
 from jaxlora.lora import LoraConfig, Target, changes_base
 from jaxlora.lora.parts import Parts
 from jaxlora.models.config import ModelConfig
@@ -31,6 +31,7 @@ from jaxlora.ops.arrays import FOUR_BIT
 from jaxlora.parallel.mesh import batch_shards, make_mesh
 from jaxlora.parallel.rules import Placement
 from jaxlora.training.leaves import trained_leaves
+from jaxlora.training.vocabulary import check_learned, open_tokenizer, rows_wanted
 
 Say = Callable[[str], None]
 
@@ -42,11 +43,12 @@ class Model:
     Attributes:
       folder: local folder with config.json, weights and tokenizer.
       stored: shape of the model in it.
-      cfg: shape of the model that is trained, which may have a head of its own.
+      cfg: shape of the model that is trained: with new tokens, or a head of its own.
       targets: leaves with an adapter; empty in full fine-tuning.
       parts: leaves that train with all their numbers, whole or in part.
       lora: the adapter's options, None in full fine-tuning.
       start: the adapter to start from (`lora_model_dir`), None for a fresh one.
+      notes: what the user should know of its tokens.
     """
 
     folder: Path
@@ -61,6 +63,7 @@ class Model:
     start: LoadedAdapter | None
     transformer: Transformer
     placement: Placement
+    notes: tuple[str, ...] = ()
 
     @property
     def splits_base(self) -> bool:
@@ -106,14 +109,11 @@ def open_model(config: Config) -> Model:
             hub.resolve(config.lora_model_dir), stored, fingerprint=fingerprint or None
         )
         lora = start.config
-    cfg = fit(stored, lora)
+    tokens = open_tokenizer(config, folder, start)
+    cfg = fit(stored, lora, rows_wanted(config, stored, tokens, start))
     specs = describe(cfg)
     targets, parts = trained_leaves(config, cfg, lora, start)
-    tokenizer = load_tokenizer(
-        config.tokenizer_config or folder,
-        special_tokens=config.special_tokens.model_dump(exclude_none=True),
-    )
-    _check_tokenizer(tokenizer, cfg, config.base_model)
+    check_learned(config, stored, specs, tokens, (targets, parts))
     placement = Placement(make_mesh(config.mesh.model_dump()))
     transformer = Transformer(
         cfg,
@@ -126,7 +126,7 @@ def open_model(config: Config) -> Model:
         stored,
         cfg,
         specs,
-        tokenizer,
+        tokens.tokenizer,
         fingerprint,
         targets,
         parts,
@@ -134,6 +134,7 @@ def open_model(config: Config) -> Model:
         start,
         transformer,
         placement,
+        tuple(f"tokens: {text} is in the vocabulary already" for text in tokens.known),
     )
 
 
@@ -168,15 +169,6 @@ def _check_storage(config: Config, storage: Storage | None) -> None:
                 f"{key}: {value} contradicts the weights of {config.base_model}, which are "
                 f"quantized already ({storage.name}); remove {key} to use them as they are."
             )
-
-
-def _check_tokenizer(tokenizer: Any, cfg: ModelConfig, base: str) -> None:
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= cfg.vocab_size:
-        raise UserError(
-            f"{base}: the tokenizer has token id {largest} but the embedding only {cfg.vocab_size} "
-            "rows; use this model's own tokenizer, or drop the tokens added in special_tokens."
-        )
 
 
 def _objective(config: Config, model: Model) -> Masking | None:
@@ -214,6 +206,8 @@ def make_plan(config: Config, say: Say = lambda text: None) -> Plan:
       UserError: anything wrong with the model's description, the data or their fit.
     """
     model = open_model(config)
+    for note in model.notes:
+        say(f"note: {note}")
     masking = _objective(config, model)
     options = settings.data_options(config)
     data = prepare(

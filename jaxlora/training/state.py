@@ -74,6 +74,7 @@ def load_weights(
             split=splitter,
             progress=progress,
             trained=model.parts,
+            mean_resizing=config.mean_resizing_embeddings,
         )
         leaves = flatten(params)
     frozen = {path: leaf for path, leaf in leaves.items() if leaf is not None}

@@ -16,6 +16,11 @@ TARGETS = LORA | {"lora_target_linear": True}
         (MINIMAL | {"evals_per_epoch": 1}, "evals_per_epoch: no effect: no data is held out"),
         (MINIMAL | {"lora_r": 8}, "lora_r: no effect: adapter is not set"),
         (LORA, "lora_target_modules: not set"),
+        (
+            MINIMAL | {"tokens": ["<e>"], "special_tokens": {"eos_token": "<e>"}},
+            "tokens: <e> is one of special_tokens",
+        ),
+        (TARGETS | {"added_tokens_overrides": {3: "<a>"}}, "added_tokens_overrides: the rows"),
         (TARGETS | {"lora_target_modules": ["q_proj"]}, "lora_target_modules: no effect"),
         (
             TARGETS | {"bnb_config_kwargs": {"bnb_4bit_compute_dtype": "bfloat16"}},

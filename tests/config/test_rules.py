@@ -17,6 +17,8 @@ CONFLICTS = [
         "eval_exact_match",
         HELD_OUT | {"eval_exact_match": True, "datasets": [{"path": "x", "type": "completion"}]},
     ),
+    ("added_tokens_overrides", {"added_tokens_overrides": {3: "<a>", 4: "<a>"}}),
+    ("tokens", {"added_tokens_overrides": {3: "<a>"}, "tokens": ["<b>", "<a>"]}),
     ("save_steps", {"save_steps": 10, "saves_per_epoch": 1}),
     ("save_steps", {"save_steps": 1.5}),
     ("eval_steps", HELD_OUT | {"eval_steps": 10, "evals_per_epoch": 1}),

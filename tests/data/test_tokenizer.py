@@ -13,35 +13,29 @@ from jaxlora.data.tokenizer import (
 
 def test_a_saved_tokenizer_loads_with_its_special_tokens(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    loaded = load_tokenizer(tmp_path, special_tokens={"pad_token": "<x>", "unk_token": None})
-    assert loaded.pad_token == "<x>"
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.pad_token == "<pad>"
     assert len(loaded) == len(tokenizer)
     assert loaded.encode("a</s>") == tokenizer.encode("a</s>")
 
 
 @pytest.mark.parametrize(
-    ("files", "special", "message"),
+    ("files", "message"),
     [
-        ({}, {}, "holds no tokenizer; expected one of tokenizer.json"),
-        ({"tokenizer.json": "{"}, {}, "tokenizer cannot be loaded"),
-        (None, {}, "no such folder"),
+        ({}, "holds no tokenizer; expected one of tokenizer.json"),
+        ({"tokenizer.json": "{"}, "tokenizer cannot be loaded"),
+        (None, "no such folder"),
     ],
 )
-def test_missing_or_broken_files_are_one_line(tmp_path, files, special, message):
+def test_missing_or_broken_files_are_one_line(tmp_path, files, message):
     folder = tmp_path / "model"
     if files is not None:
         folder.mkdir()
         for name, content in files.items():
             (folder / name).write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=message) as error:
-        load_tokenizer(folder, special_tokens=special)
+        load_tokenizer(folder)
     assert "\n" not in str(error.value)
-
-
-def test_an_unknown_special_token_name_is_refused(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match='Did you mean "pad_token"'):
-        load_tokenizer(tmp_path, special_tokens={"padd_token": "<x>"})
 
 
 def test_special_text_is_text_unless_asked(tokenizer):

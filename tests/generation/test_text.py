@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from jaxlora.data.chat import template_of
+from jaxlora.data.new_tokens import NewTokens, extend_tokenizer
 from jaxlora.data.tokenizer import LLAMA3, load_tokenizer
 from jaxlora.generation.text import answer_text, end_ids, pieces
 
@@ -75,9 +76,8 @@ def test_end_ids_are_the_tokenizers_the_templates_and_more(tokenizer):
 
 def test_the_end_of_a_turn_ends_an_answer(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
-    llama3 = load_tokenizer(
-        tmp_path, special_tokens={"additional_special_tokens": ["<|eot_id|>", "<|im_end|>"]}
-    )
+    new = NewTokens(further=("<|eot_id|>", "<|im_end|>"))
+    llama3 = extend_tokenizer(load_tokenizer(tmp_path), new).tokenizer
     turn = llama3.convert_tokens_to_ids("<|eot_id|>")
     # The template never writes <|im_end|>, so that token is no end here.
     assert end_ids(llama3, template_of(llama3, LLAMA3)) == (llama3.eos_token_id, turn)
