@@ -120,10 +120,7 @@ def _adapter(folder: Path) -> Rows:
     kind = "DoRA" if config.use_dora else "LoRA"
     targets, tables = config.target_modules, base_tables(opened.tensors, config)
     trained = sum(info.size for key, info in infos.items() if key not in tables)
-    rows = {info.shape[0] for info in tables.values()}
-    brought = (
-        f"{' or '.join(f'{n:,}' for n in rows)} tokens; the file brings {len(tables)} table(s)"
-    )
+    rows = max((info.shape[0] for info in tables.values()), default=0)
     return [
         (
             "adapter",
@@ -133,7 +130,7 @@ def _adapter(folder: Path) -> Rows:
         ("base", str(opened.base_name)),
         ("targets", targets if isinstance(targets, str) else _names(targets)),
         ("trained parameters", f"{trained:,}"),
-        *([("vocabulary", brought)] if tables else []),
+        *([("vocabulary", f"{rows:,} tokens; with {len(tables)} table(s)")] if tables else []),
         ("tensors", _tensors(opened.tensors)),
     ]
 

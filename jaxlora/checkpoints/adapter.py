@@ -26,7 +26,7 @@ from jaxlora.checkpoints.whole import (
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree, flatten, unflatten
 from jaxlora.lora.config import LoraConfig
-from jaxlora.lora.parts import Part, Parts, fill, vocabulary_leaves
+from jaxlora.lora.parts import Part, Parts, fill, vocabulary_leaves, vocabulary_tables
 from jaxlora.lora.targets import Target
 from jaxlora.lora.transform import Adapter
 from jaxlora.models.config import ModelConfig
@@ -129,6 +129,8 @@ def read_adapter(
         order = np.argsort(_token_ids(config, specs[path].modules()[0]))
         params[path] = np.take(params[path], order, parts[path].axis)
     tables = read_tables(files, vocabulary_leaves(specs), parts)
+    if cfg.vocab_size != stored.vocab_size:
+        tables = _complete(tables, folder, stored, cfg, parts)
     beside = {key for _, _, key, _ in trained_entries(specs, parts)}
     # The head of a tied model is the embedding again, wrapped or not.
     for spec in vocabulary_leaves(describe(dataclasses.replace(cfg, tie_embedding=False))).values():
@@ -139,6 +141,23 @@ def read_adapter(
         folder, specs, fingerprint=fingerprint, head_dim=cfg.head_dim, beside=beside
     )
     return LoadedAdapter(cfg, config, pairs, targets, params, parts, tables)
+
+
+def _complete(
+    tables: dict[str, np.ndarray], folder: Path, stored: ModelConfig, cfg: ModelConfig, parts: Parts
+) -> dict[str, np.ndarray]:
+    """`tables` and the head of a tied base, which the file holds as its embedding only."""
+    for path, spec in vocabulary_tables(describe(cfg)).items():
+        if path in tables or (path in parts and parts[path].whole):
+            continue
+        if not stored.tie_embedding or "embed/embedding" not in tables:
+            raise UserError(
+                f"{folder}: the adapter is for {cfg.vocab_size} tokens, its base has "
+                f"{stored.vocab_size}, and the file lacks the new rows of {spec.modules()[0]}; "
+                "give a base model that has them."
+            )
+        tables = {**tables, path: np.ascontiguousarray(tables["embed/embedding"].T)}
+    return tables
 
 
 def _parts(folder: Path, cfg: ModelConfig, config: LoraConfig) -> dict[str, Part]:

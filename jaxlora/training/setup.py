@@ -31,7 +31,7 @@ from jaxlora.ops.arrays import FOUR_BIT
 from jaxlora.parallel.mesh import batch_shards, make_mesh
 from jaxlora.parallel.rules import Placement
 from jaxlora.training.leaves import trained_leaves
-from jaxlora.training.vocabulary import check_learned, open_tokenizer, rows_wanted
+from jaxlora.training.vocabulary import check_learned, open_tokenizer, rows_wanted, token_notes
 
 Say = Callable[[str], None]
 
@@ -134,7 +134,7 @@ def open_model(config: Config) -> Model:
         start,
         transformer,
         placement,
-        tuple(f"tokens: {text} is in the vocabulary already" for text in tokens.known),
+        token_notes(cfg, specs, tokens, parts),
     )
 
 

@@ -119,3 +119,24 @@ def check_learned(
         raise UserError(
             f"tokens: {name} is frozen, so the new tokens would not be learned; {advice}."
         )
+
+
+def token_notes(
+    cfg: ModelConfig, specs: Mapping[str, ParamSpec], tokens: Extended, parts: Parts
+) -> tuple[str, ...]:
+    """Returns a line for each thing that the user should know of the tokens of a run.
+
+    Args:
+      cfg: shape of the model that is trained.
+      specs: every parameter.
+      tokens: from `open_tokenizer`.
+      parts: what trains with all its numbers.
+    """
+    found = [f"tokens: {text} is in the vocabulary already" for text in tokens.known]
+    head = "embed/embedding" if cfg.tie_embedding else "lm_head/kernel"
+    if "lm_head/bias" in specs and head in parts and parts[head].by_token:
+        found.append(
+            "peft_trainable_token_indices: the head has a bias, which PEFT leaves out where rows "
+            "of the head train; its logits lack it"
+        )
+    return tuple(found)

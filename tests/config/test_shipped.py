@@ -2,6 +2,8 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+from minimal_configs import LORA, MINIMAL
 
 from jaxlora.config import derived
 from jaxlora.config.load import dump_config, load_config
@@ -62,3 +64,11 @@ def test_python_and_yaml_files_of_one_run_are_equal():
     assert load_config(FOLDER / "llama_3_8b_qlora.py") == load_config(
         FOLDER / "llama-3-8b-qlora.yml"
     )
+
+
+def test_the_examples_of_new_tokens_load():
+    page = (FOLDER.parent / "docs" / "new-tokens.md").read_text()
+    examples = [yaml.safe_load(text.partition("```")[0]) for text in page.split("```yaml\n")[1:]]
+    assert len(examples) == 4
+    for example in examples:
+        load_config({**(LORA if "adapter" in example else MINIMAL), **example})

@@ -112,7 +112,7 @@ def test_only_the_rows_of_new_tokens_move(tied, base, size, run, tmp_path, write
     # Where the head is the embedding, every token is a wrong answer to learn from.
     assert (np.abs(moved - mean[1:]).max(axis=1)[1] > 1e-3) == tied
     tables = 1 if tied else 2
-    said = f"{size + 3:,} tokens; the file brings {tables} table(s)"
+    said = f"{size + 3:,} tokens; with {tables} table(s)"
     assert ("vocabulary", said) in jaxlora.inspect(tmp_path / "run")
     # As a start of another run, whose tokenizer is the adapter's.
     further = {**changes, "lora_model_dir": str(tmp_path / "run"), "learning_rate": 1e-30}
@@ -166,11 +166,10 @@ def test_random_weights_have_the_new_rows(keys, size, tmp_path):
     assert trainable["params"]["embed/embedding"].shape[0] == size + 3
 
 
-def test_what_has_new_tokens_is_said(keys, tmp_path):
-    said = []
-    values = {**keys, "output_dir": str(tmp_path), "tokens": ["</s>"]}
-    make_plan(load_config(values), said.append)
-    assert "note: tokens: </s> is in the vocabulary already" in said
+def test_a_token_that_is_there_already_is_said(base, keys, tmp_path):
+    said, known = [], load_tokenizer(base).eos_token
+    make_plan(load_config({**keys, "output_dir": str(tmp_path), "tokens": [known]}), said.append)
+    assert f"note: tokens: {known} is in the vocabulary already" in said
 
 
 @pytest.mark.parametrize(
