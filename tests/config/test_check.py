@@ -4,6 +4,15 @@ import string
 import pytest
 from minimal_configs import LORA, MINIMAL
 
+from jaxlora.config.datasets import (
+    BnbConfig,
+    DatasetConfig,
+    LoftqConfig,
+    MeshConfig,
+    PeftConfig,
+    PromptFormat,
+    SpecialTokens,
+)
 from jaxlora.config.keys import IMPLIED, MAPPED, NO_OP, REFUSED
 from jaxlora.config.load import load_config
 from jaxlora.config.schema import Config
@@ -79,6 +88,31 @@ def test_typos_of_any_key_are_refused_and_suggest_it():
     right = [f'Did you mean "{name}"?' in error_of(MINIMAL | {typo: 1}) for name, typo in typos]
     assert len(right) >= 200
     # A typo can be as near to another key, such as fp16 and bf16.
+    assert sum(right) >= 0.95 * len(right)
+
+
+NESTED = {
+    "datasets": (lambda entry: [MINIMAL["datasets"][0] | entry], DatasetConfig),
+    "test_datasets": (lambda entry: [MINIMAL["datasets"][0] | entry], DatasetConfig),
+    "datasets type": (lambda entry: [{"path": "x", "type": entry}], PromptFormat),
+    "special_tokens": (lambda entry: entry, SpecialTokens),
+    "mesh": (lambda entry: entry, MeshConfig),
+    "bnb_config_kwargs": (lambda entry: entry, BnbConfig),
+    "peft": (lambda entry: entry, PeftConfig),
+    "peft loftq": (lambda entry: {"loftq_config": entry}, LoftqConfig),
+}
+
+
+def test_typos_of_any_nested_key_are_refused_and_suggest_it():
+    rng, right = random.Random(0), []
+    for place, (wrap, section) in NESTED.items():
+        names = [name for name in section.model_fields if len(name) > 4]
+        for name in rng.choices(names, k=100):
+            if (typo := mistyped(name, rng)) not in section.model_fields:
+                message = error_of(MINIMAL | {place.split()[0]: wrap({typo: "x"})})
+                right.append(f'Did you mean "{name}"?' in message)
+    assert len(right) >= 700
+    # bos_token and eos_token are one edit apart.
     assert sum(right) >= 0.95 * len(right)
 
 
