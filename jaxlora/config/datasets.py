@@ -92,6 +92,12 @@ class DatasetConfig(Section):
     """Roles whose turns are trained."""
     train_on_eos: Literal["all", "turn", "last", "none"] = "turn"
     """Which end-of-turn tokens are trained: all, of trained turns, the last, none."""
+    field_thinking: Text | None = None
+    """Key of a message with its reasoning; null: reasoning_content."""
+    template_thinking_key: Text | None = None
+    """What the chat template calls it; null: reasoning_content."""
+    drop_system_message: Flag = False
+    """Leaves out a system message at the start of a conversation."""
     chat_template: Text | None = None
     """Chat template of this data set; the top-level one otherwise."""
     chat_template_jinja: Text | None = None
@@ -110,6 +116,27 @@ class DatasetConfig(Section):
                 mappings = raw.get("message_property_mappings") or {}
                 raw["message_property_mappings"] = {name: column, **mappings}
         return raw
+
+
+class PretrainingDataset(Section):
+    """One entry of `pretraining_dataset`."""
+
+    path: Text
+    """Local file or folder, or a hub id."""
+    name: Text | None = None
+    """Configuration name of a hub data set."""
+    split: Text = "train"
+    """Split of a hub data set."""
+    text_column: Text = "text"
+    """Column with the text."""
+    data_files: Text | tuple[Text, ...] | None = None
+    """File or files inside `path` to read."""
+    type: Literal["pretrain", "completion"] = "pretrain"
+    """Every token is trained."""
+    skip: Literal[0] = 0
+    """Not available; use split, for instance train[1000:]."""
+    trust_remote_code: Flag = False
+    """Accepted and not used: no code of others is ever run."""
 
 
 class SpecialTokens(Section):

@@ -155,11 +155,20 @@ def total_steps(config: Config, steps_per_epoch: int) -> int:
 
 def warmup_steps(config: Config, total: int) -> int:
     """Returns the steps of linear warm-up in a run of `total` steps."""
+    share = config.warmup_ratio
     if config.warmup_steps is not None:
-        return config.warmup_steps
-    if config.warmup_ratio is not None:
-        return math.ceil(config.warmup_ratio * total)
+        if not 0 < config.warmup_steps < 1:
+            return int(config.warmup_steps)
+        share = config.warmup_steps
+    if share is not None:
+        return math.ceil(share * total)
     return min(int(0.03 * total), 100)
+
+
+def decay_steps(config: Config, total: int) -> int:
+    """Returns the step at which the cosine reaches its floor, which then stays."""
+    ratio = config.cosine_constant_lr_ratio
+    return total if ratio is None else int(total * ratio)
 
 
 def logging_steps(config: Config, total: int) -> int:

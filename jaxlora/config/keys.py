@@ -28,6 +28,9 @@ _NO_OP = {
         fsdp_version fsdp_final_state_dict_type deepspeed ddp ddp_find_unused_parameters ddp_timeout
         ddp_bucket_cap_mb ddp_broadcast_buffers accelerator_config device_map device local_rank
         world_size use_ray ray_num_workers ray_run_name resources_per_worker""",
+    "the fsdp axis of the mesh splits the weights of experts too": """expert_parallel_size
+        expert_parallel_num_nvl_bytes expert_parallel_num_rdma_bytes expert_parallel_token_capacity
+        expert_parallel_backend expert_parallel_fallback_on_unsupported""",
     "no remote code is ever run; the architecture must be one that jaxlora knows": """
         trust_remote_code""",
     "the architecture is read from config.json": """model_type type_of_model cls_model_config
@@ -100,9 +103,7 @@ _NO_OP = {
     "it only matters with a key that jaxlora refuses": """gptq_disable_exllama
         fp8_enable_fsdp_float8_all_gather fp8_config nvfp4_merge_aware_start_step
         relora_prune_ratio relora_prune_method relora_cpu_offload jagged_restart_warmup_steps
-        jagged_restart_anneal_steps expert_parallel_num_nvl_bytes expert_parallel_num_rdma_bytes
-        expert_parallel_token_capacity expert_parallel_backend
-        expert_parallel_fallback_on_unsupported heads_k_stride ring_attn_func eaft_alpha eaft_k
+        jagged_restart_anneal_steps heads_k_stride ring_attn_func eaft_alpha eaft_k
         lisa_step_interval lisa_layers_attribute pose_split_on_token_ids pose_max_context_len
         pose_num_chunks scaling_softmax_factor scaling_softmax_bias image_size
         image_resize_algorithm processor_kwargs role_boundaries pretraining_sample_concatenation
@@ -133,15 +134,11 @@ _REFUSED = {
         dsv4_fp8_nonexpert_mode dsv4_bf16_all llama4_linearized_experts""",
     "context parallelism is not available; raise mesh.fsdp and use remat": """context_parallel_size
         sequence_parallel_degree""",
-    "experts are not spread over devices": "expert_parallel_size",
-    "not available; put every text in datasets with type: completion": """pretraining_dataset
-        streaming""",
+    "not available; the data are tokenized before training": "streaming",
     "not available; remove duplicates or short rows from the file": """dataset_exact_deduplication
         min_sample_len""",
     "not available; use split, for instance train[:10%]": "dataset_shard_num dataset_shard_idx",
     "not available; sample_packing wastes less": "group_by_length",
-    "not available; set shuffle_merged_datasets: false in a file that is in order already": """
-        curriculum_sampling""",
     "not available; train their rows: peft_trainable_token_indices": "fix_untrained_tokens",
     "not available; the embedding never shrinks": "shrink_embeddings",
     "not available; learning_rate holds for every weight": """lr_groups embedding_lr
@@ -156,18 +153,17 @@ _REFUSED = {
     "not available; leave it out": """s2_attention neftune_noise_alpha noisy_embedding_alpha relora
         jagged_restart_steps lisa_n_layers use_eaft use_pose scaling_softmax
         liger_use_token_scaling peft_layer_replication peft_ensure_weight_tying
-        cosine_constant_lr_ratio lr_quadratic_warmup lr_scheduler_kwargs optim_args
+        lr_scheduler_kwargs optim_args
         eval_causal_lm_metrics do_causal_lm_eval do_bench_eval""",
-    "not available; a run ends after num_epochs or max_steps": """early_stopping_patience
-        loss_watchdog_threshold loss_watchdog_patience""",
+    "not available; a run ends after num_epochs or max_steps": "early_stopping_patience",
     "not available; only plugins that merely speed Axolotl up, or log, are accepted": "plugins",
 }
 
 _DATASET_REFUSED = {
     "not available; only whole turns of roles_to_train are trained": """train_on_eot
         message_field_training message_field_training_detail""",
-    "not available; leave it out": """field_tools field_thinking template_thinking_key
-        split_thinking drop_system_message temperature logprobs_field""",
+    "not available; leave it out": """field_tools split_thinking temperature
+        logprobs_field""",
     "not available; use split, for instance train[:10%]": "shards shards_idx preprocess_shards",
     "no code of others is ever run": "trust_remote_code input_transform",
     "not available; use type: chat_template and message_property_mappings": """conversation
@@ -193,6 +189,7 @@ IMPLIED: Mapping[str, tuple[str, bool, str]] = {
     "fp16": ("bf16", True, "float16 would need its loss scaled"),
     "float16": ("bf16", True, "float16 would need its loss scaled"),
     "float32": ("bf16", False, ""),
+    "curriculum_sampling": ("shuffle_merged_datasets", False, ""),
 }
 """Flag: our key that it sets when true, the value, and why it is not taken as it is."""
 

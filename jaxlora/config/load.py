@@ -106,7 +106,7 @@ def _with_paths(values: dict[str, Any], folder: str | None) -> dict[str, Any]:
     if folder is None:
         return values
     found = {key: _located(values[key], folder) for key in _PATHS if key in values}
-    for key in ("datasets", "test_datasets"):
+    for key in ("datasets", "pretraining_dataset", "test_datasets"):
         if isinstance(values.get(key), list):
             found[key] = [_with_dataset_paths(entry, folder) for entry in values[key]]
     return {**values, **found}

@@ -39,6 +39,8 @@ def _data(config: Config) -> Iterator[str]:
         for i, entry in enumerate(getattr(config, key)):
             if entry.ds_type is not None:
                 yield f"{key}[{i}].ds_type: no effect: the suffix of a file tells its format"
+    if config.pretraining_dataset:
+        yield "pretraining_dataset: read as datasets of type completion; whole, not streamed"
     if config.evals_per_epoch and not derived.has_held_out(config):
         yield "evals_per_epoch: no effect: no data is held out (val_set_size, test_datasets)"
 
@@ -51,6 +53,11 @@ def _training(config: Config) -> Iterator[str]:
         yield f"optimizer: {name} is read as {canonical}; its states stay on the device"
     if str(config.gradient_checkpointing).startswith("offload"):
         yield "gradient_checkpointing: read as remat: full; nothing is offloaded"
+    if (
+        config.loss_watchdog_threshold is None
+        and "loss_watchdog_patience" in config.model_fields_set
+    ):
+        yield "loss_watchdog_patience: no effect: loss_watchdog_threshold is not set"
     if config.resume_from_checkpoint and config.auto_resume_from_checkpoints:
         yield "auto_resume_from_checkpoints: no effect: resume_from_checkpoint decides"
 

@@ -11,6 +11,7 @@ from jaxlora.config.datasets import (
     LoftqConfig,
     MeshConfig,
     PeftConfig,
+    PretrainingDataset,
     PromptFormat,
     SpecialTokens,
 )
@@ -43,6 +44,7 @@ print(markdown(), end='')"` prints it.
 
 _NESTED = {
     "An entry of datasets and test_datasets": DatasetConfig,
+    "An entry of pretraining_dataset": PretrainingDataset,
     "type of an entry, spelled out": PromptFormat,
     "mesh": MeshConfig,
     "special_tokens": SpecialTokens,

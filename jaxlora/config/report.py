@@ -159,10 +159,13 @@ def _batch(config: Config, replicas: int | None) -> Iterator[tuple[str, str]]:
 
 
 def _warmup(config: Config, total: int | None) -> str:
-    if total is None and config.warmup_steps is None:
-        share = 0.03 if config.warmup_ratio is None else config.warmup_ratio
-        limit = ", 100 at most" if config.warmup_ratio is None else ""
-        return f"{share:.1%} of the steps{limit}; the number {_NEEDS_DATA}"
+    steps, ratio = config.warmup_steps, config.warmup_ratio
+    share = steps if steps and steps < 1 else ratio
+    if total is None and (steps is None or share == steps):
+        limit = ", 100 at most" if share is None else ""
+        return (
+            f"{0.03 if share is None else share:.1%} of the steps{limit}; the number {_NEEDS_DATA}"
+        )
     return _steps(derived.warmup_steps(config, total or 0))
 
 

@@ -40,7 +40,7 @@ def _tokens(config: Config) -> Iterator[Problem]:
 
 
 def _data(config: Config) -> Iterator[Problem]:
-    if not config.datasets:
+    if not config.datasets and not config.pretraining_dataset:
         yield Problem(("datasets",), "at least one entry {path: ..., type: ...} is required")
     if config.val_set_size > 1 and config.val_set_size != int(config.val_set_size):
         yield Problem(("val_set_size",), "expected a share below 1 or a whole number of rows")
@@ -77,21 +77,23 @@ def _held_out(config: Config) -> Iterator[Problem]:
                 yield Problem((key,), text, held_out)
     elif config.eval_exact_match:
         sets = config.test_datasets or config.datasets
-        if sets and all(entry.type == "completion" for entry in sets):
+        if all(entry.type == "completion" for entry in sets):
             text = "data of type completion has no prompts to answer"
             yield Problem(("eval_exact_match",), text, ("datasets", "test_datasets"))
 
 
 def _cadence(config: Config) -> Iterator[Problem]:
+    for key in ("save_steps", "eval_steps", "warmup_steps"):
+        steps = getattr(config, key)
+        if steps is not None and steps > 1 and steps != int(steps):
+            text = f"expected a whole number or a share of the run below 1, not {steps}"
+            yield Problem((key,), text)
     for verb in ("save", "eval"):
         steps, per_epoch = getattr(config, f"{verb}_steps"), getattr(config, f"{verb}s_per_epoch")
         strategy = getattr(config, f"{verb}_strategy")
         if steps and per_epoch:
             text = f"set it or {verb}s_per_epoch, not both"
             yield Problem((f"{verb}_steps",), text, (f"{verb}s_per_epoch",))
-        if steps is not None and steps > 1 and steps != int(steps):
-            text = f"expected a whole number or a share of the run below 1, not {steps}"
-            yield Problem((f"{verb}_steps",), text)
         if strategy in ("epoch", "no") and (steps or per_epoch):
             key = f"{verb}_steps" if steps else f"{verb}s_per_epoch"
             text = f"{strategy} contradicts {key}; remove one of them"
@@ -118,9 +120,16 @@ def _batch(config: Config) -> Iterator[Problem]:
 def _length(config: Config) -> Iterator[Problem]:
     if config.warmup_steps is not None and config.warmup_ratio is not None:
         yield Problem(("warmup_steps",), "set it or warmup_ratio, not both", ("warmup_ratio",))
-    if config.cosine_min_lr_ratio is not None and config.lr_scheduler != "cosine":
-        text = f"it needs lr_scheduler: cosine, not {config.lr_scheduler}"
-        yield Problem(("cosine_min_lr_ratio",), text, ("lr_scheduler",))
+    for key in ("cosine_min_lr_ratio", "lr_quadratic_warmup"):
+        if getattr(config, key) not in (None, False) and config.lr_scheduler != "cosine":
+            text = f"it needs lr_scheduler: cosine, not {config.lr_scheduler}"
+            yield Problem((key,), text, ("lr_scheduler",))
+    if config.lr_quadratic_warmup and config.cosine_min_lr_ratio:
+        text = "it does not go with cosine_min_lr_ratio"
+        yield Problem(("lr_quadratic_warmup",), text, ("cosine_min_lr_ratio",))
+    if config.cosine_constant_lr_ratio is not None and not config.cosine_min_lr_ratio:
+        text = "it needs cosine_min_lr_ratio, the rate that stays"
+        yield Problem(("cosine_constant_lr_ratio",), text, ("cosine_min_lr_ratio",))
 
 
 def _adapter(config: Config) -> Iterator[Problem]:

@@ -13,6 +13,7 @@ from jaxlora.config.datasets import (
     DatasetConfig,
     MeshConfig,
     PeftConfig,
+    PretrainingDataset,
     SpecialTokens,
 )
 from jaxlora.config.values import (
@@ -26,7 +27,6 @@ from jaxlora.config.values import (
     Section,
     Share,
     Size,
-    Steps,
     Strategy,
     Text,
     TokenId,
@@ -129,7 +129,9 @@ class DataKeys(Section):
     """Data"""
 
     datasets: tuple[DatasetConfig, ...] = ()
-    """Training data; at least one."""
+    """Training data."""
+    pretraining_dataset: tuple[PretrainingDataset, ...] = ()
+    """Plain text to train on, as `datasets` of type completion; read whole, not streamed."""
     test_datasets: tuple[DatasetConfig, ...] = ()
     """Held-out data, instead of `val_set_size`."""
     val_set_size: NotNegative = 0.0
@@ -187,8 +189,12 @@ class TrainingKeys(Section):
     """Shape of the learning rate after the warm-up."""
     cosine_min_lr_ratio: Share | None = None
     """Share of `learning_rate` at which the cosine ends; null: 0."""
-    warmup_steps: Steps | None = None
-    """Steps of linear warm-up; null: 3 % of the run, 100 at most."""
+    cosine_constant_lr_ratio: Share | None = None
+    """Share of the run after which the rate stays at `cosine_min_lr_ratio`."""
+    lr_quadratic_warmup: Flag = False
+    """Squares the share of the warm-up (cosine)."""
+    warmup_steps: NotNegative | None = None
+    """Steps of linear warm-up, or a share of the run below 1; null: 3 % of it, 100 at most."""
     warmup_ratio: Share | None = None
     """The same as a share of the run."""
     weight_decay: NotNegative = 0.0
@@ -236,6 +242,10 @@ class RunKeys(Section):
     """(jaxlora) Generates answers to held-out prompts before and after, and counts exact ones."""
     eval_max_new_tokens: Size = 128
     """Longest generated answer, in tokens."""
+    loss_watchdog_threshold: Positive | None = None
+    """Training loss that means failure: the run ends, and what it has is saved and exported."""
+    loss_watchdog_patience: Count = 3
+    """Steps in a row above `loss_watchdog_threshold` that end it."""
     logging_steps: Count | None = None
     """Steps between log lines; null: 0.5 % of the run, 1 to 10."""
     resume_from_checkpoint: Flag | Text | None = None

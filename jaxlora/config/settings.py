@@ -7,6 +7,9 @@ from jaxlora.data.new_tokens import NewTokens
 from jaxlora.data.spec import DataOptions, DatasetSpec
 from jaxlora.lora.config import LoraConfig
 
+# What data and templates call the reasoning of a message, where neither says.
+_THINKING = "reasoning_content"
+
 
 def lora_config(config: Config) -> LoraConfig | None:
     """Returns the options of the adapter; None trains every weight."""
@@ -46,8 +49,19 @@ def new_tokens(config: Config) -> NewTokens:
 
 
 def train_specs(config: Config) -> tuple[DatasetSpec, ...]:
-    """Returns the entries of `datasets`."""
-    return tuple(map(_spec, config.datasets))
+    """Returns the entries of `datasets`, then those of `pretraining_dataset`."""
+    texts = (
+        DatasetSpec(
+            path=entry.path,
+            type="completion",
+            split=entry.split,
+            data_files=entry.data_files,
+            name=entry.name,
+            field=entry.text_column,
+        )
+        for entry in config.pretraining_dataset
+    )
+    return (*map(_spec, config.datasets), *texts)
 
 
 def held_out_specs(config: Config) -> tuple[DatasetSpec, ...]:
@@ -74,7 +88,10 @@ def data_options(config: Config) -> DataOptions:
 
 
 def _spec(entry: DatasetConfig) -> DatasetSpec:
-    kind = entry.type
+    kind, mappings = entry.type, entry.message_property_mappings
+    if entry.field_thinking or entry.template_thinking_key:
+        theirs, ours = entry.field_thinking, entry.template_thinking_key
+        mappings = {**mappings, ours or _THINKING: theirs or _THINKING}
     return DatasetSpec(
         path=entry.path,
         type=kind.model_dump(exclude_none=True) if isinstance(kind, PromptFormat) else kind,
@@ -84,9 +101,10 @@ def _spec(entry: DatasetConfig) -> DatasetSpec:
         revision=entry.revision,
         field=entry.field,
         field_messages=entry.field_messages,
-        message_property_mappings=entry.message_property_mappings,
+        message_property_mappings=mappings,
         roles=entry.roles,
         roles_to_train=entry.roles_to_train,
         train_on_eos=entry.train_on_eos,
+        drop_system_message=entry.drop_system_message,
         chat_template=entry.chat_template_jinja or entry.chat_template,
     )

@@ -28,13 +28,6 @@ def _strategy(value: Any) -> Any:
     return "no" if value is False else value
 
 
-def _steps_not_share(value: Any) -> Any:
-    # transformers 5 reads it as a share; Axolotl refuses it.
-    if isinstance(value, float) and 0 < value < 1:
-        raise ValueError(f"expected whole steps, not {value}; a share of the run is warmup_ratio")
-    return value
-
-
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, BeforeValidator(_text), Field(min_length=1)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
@@ -46,7 +39,6 @@ Strategy = Annotated[Literal["steps", "epoch", "no"], BeforeValidator(_strategy)
 Whole = Annotated[int, Field(strict=True)]
 Count = Annotated[Whole, Field(ge=1, le=100_000_000)]
 Natural = Annotated[Whole, Field(ge=0, le=100_000_000)]
-Steps = Annotated[Natural, BeforeValidator(_steps_not_share)]
 TokenId = Annotated[Natural, BeforeValidator(_digits)]
 Size = Annotated[Whole, Field(ge=1, le=1_000_000)]
 

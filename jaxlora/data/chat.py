@@ -138,10 +138,13 @@ def conversation(row: Mapping[str, Any], origin: str, spec: DatasetSpec) -> list
         for role, all_words in (spec.roles or DEFAULT_ROLES).items()
         for word in all_words
     }
-    return [
+    messages = [
         _message(message, f"{origin}: message {number}", names, words)
         for number, message in enumerate(found, 1)
     ]
+    if spec.drop_system_message and messages[0]["role"] == "system":
+        return messages[1:] or messages
+    return messages
 
 
 def _message(given: Any, where: str, names: Mapping[str, str], words: Mapping[str, str]) -> Message:

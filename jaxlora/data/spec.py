@@ -37,6 +37,7 @@ class DatasetSpec:
     roles_to_train: tuple[str, ...] = ("assistant",)
     train_on_eos: Literal["all", "turn", "last", "none"] = "turn"
     chat_template: str | None = None
+    drop_system_message: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.type, str) and self.type not in TYPES:

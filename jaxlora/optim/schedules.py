@@ -9,7 +9,14 @@ SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 
 
 def make_schedule(
-    name: str, peak: float, *, total_steps: int, warmup_steps: int, min_ratio: float = 0.0
+    name: str,
+    peak: float,
+    *,
+    total_steps: int,
+    warmup_steps: int,
+    min_ratio: float = 0.0,
+    decay_steps: int | None = None,
+    quadratic_warmup: bool = False,
 ) -> optax.Schedule:
     """Returns the learning rate as a function of the optimizer step, from 0.
 
@@ -21,6 +28,8 @@ def make_schedule(
       total_steps: steps of the run, >= 1.
       warmup_steps: steps before the peak, >= 0.
       min_ratio: floor as a share of the peak (cosine and linear).
+      decay_steps: step at which the floor is reached and kept; None: the last.
+      quadratic_warmup: squares the share of the warm-up, as Axolotl's lr_quadratic_warmup.
 
     >>> rate = make_schedule("cosine", 1.0, total_steps=10, warmup_steps=2)
     >>> [round(float(rate(step)), 3) for step in (0, 1, 2, 6, 10)]
@@ -34,10 +43,11 @@ def make_schedule(
     if name == "constant":
         warmup_steps = 0
 
+    falling = max(1, (total_steps if decay_steps is None else decay_steps) - warmup_steps)
+
     def rate(step):
         step = jnp.asarray(step, jnp.float32)
-        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-        progress = jnp.clip(progress, 0.0, 1.0)
+        progress = jnp.clip((step - warmup_steps) / falling, 0.0, 1.0)
         if name == "cosine":
             share = 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
         elif name == "linear":
@@ -45,6 +55,7 @@ def make_schedule(
         else:
             share = jnp.ones_like(progress)
         share = min_ratio + (1.0 - min_ratio) * share
-        return peak * jnp.where(step < warmup_steps, step / max(1, warmup_steps), share)
+        ramp = (step / max(1, warmup_steps)) ** (2 if quadratic_warmup else 1)
+        return peak * jnp.where(step < warmup_steps, ramp, share)
 
     return rate

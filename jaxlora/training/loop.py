@@ -44,6 +44,7 @@ from jaxlora.training.state import (
     split_pairs,
 )
 from jaxlora.training.step import make_eval_step, make_train_step
+from jaxlora.training.watchdog import LossWatchdog
 
 
 def train(config: Config, *, quiet: bool = False) -> TrainResult:
@@ -106,6 +107,10 @@ class Run:
         self.eval_every = derived.eval_every(config, plan.steps_per_epoch)
         self.save_every = derived.save_every(config, plan.steps_per_epoch)
         self.log_every = derived.logging_steps(config, plan.total_steps)
+        self.watchdog = LossWatchdog(
+            config.loss_watchdog_threshold, patience=config.loss_watchdog_patience
+        )
+        self.failed = False
         self.last_loss = math.nan
         self.saved_step: int | None = None
 
@@ -129,7 +134,7 @@ class Run:
         loss_before, score_before = self._evaluate_before(display, sinks, record_at(records, 0))
         try:
             with Interrupts() as interrupts:
-                while self.state.step < plan.total_steps:
+                while self.state.step < plan.total_steps and not self.failed:
                     interrupts.check()
                     self._step(display, sinks, store)
         except KeyboardInterrupt:
@@ -168,14 +173,20 @@ class Run:
         self.state = dataclasses.replace(
             state, trainable=trainable, opt_state=opt_state, step=state.step + 1
         )
-        step, last = self.state.step, self.state.step == plan.total_steps
-        values = self._checked(metrics)
+        step, values = self.state.step, self._checked(metrics)
+        self.failed = self.watchdog.barks(values["loss"])
+        last = step == plan.total_steps or self.failed
         display.advance(tokens)
         log = step % self.log_every == 0 or last
         display.update(values, log=log)
         if log:
             rate = {"tokens_per_s": round(display.tokens_per_s, 1)}
             write_all(sinks, step, values | rate)
+        if self.failed:
+            display.say(
+                f"stopped: {self.watchdog.patience} losses in a row above loss_watchdog_threshold "
+                f"{self.watchdog.threshold:g}; lower learning_rate or look at the data"
+            )
         store.check()
         # Evaluated before it is saved: what continues from a checkpoint has its numbers.
         if self.eval_every and step % self.eval_every == 0 and not last:

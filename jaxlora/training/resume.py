@@ -73,6 +73,8 @@ def identity(plan: Plan) -> dict[str, Any]:
         "loraplus_lr_ratio": config.loraplus_lr_ratio,
         "loraplus_lr_embedding": config.loraplus_lr_ratio and config.loraplus_lr_embedding,
         "cosine_min_lr_ratio": config.cosine_min_lr_ratio,
+        "cosine_constant_lr_ratio": config.cosine_constant_lr_ratio,
+        "lr_quadratic_warmup": config.lr_quadratic_warmup or None,
         "warmup_steps": derived.warmup_steps(config, plan.total_steps),
         "weight_decay": config.weight_decay,
         "adam_beta1": config.adam_beta1,

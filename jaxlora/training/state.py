@@ -160,6 +160,8 @@ def make_tx(
         total_steps=total_steps,
         warmup_steps=derived.warmup_steps(config, total_steps),
         min_ratio=config.cosine_min_lr_ratio or 0.0,
+        decay_steps=derived.decay_steps(config, total_steps),
+        quadratic_warmup=config.lr_quadratic_warmup,
     )
     pairs = {
         path: {part: part in ("a", "b") for part in pair}

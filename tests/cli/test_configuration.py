@@ -51,7 +51,7 @@ def test_check_needs_neither_model_nor_data_and_writes_nothing(write, capsys):
 
 
 def test_check_reports_all_errors_at_once_with_file_and_line(write, capsys):
-    path = write(**MINIMAL, lora_rr=1, rl="dpo", warmup_steps=0.1)
+    path = write(**MINIMAL, lora_rr=1, rl="dpo", warmup_steps=1.5)
     assert main(["config", "check", path, "--seed=-1"]) == 2
     captured = capsys.readouterr()
     lines = Path(path).read_text().splitlines()

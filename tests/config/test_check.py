@@ -26,7 +26,7 @@ def error_of(values):
 
 
 def test_every_problem_of_a_file_is_reported_at_once():
-    values = LORA | {"lora_rr": 1, "qat": {"x": 1}, "micro_batch_size": 0, "warmup_steps": 0.1}
+    values = LORA | {"lora_rr": 1, "qat": {"x": 1}, "micro_batch_size": 0, "warmup_steps": -0.1}
     values |= {"load_in_4bit": True, "load_in_8bit": True, "bf16": "maybe"}
     values["datasets"] = [{"type": "sharegpt"}, 3]
     lines = error_of(values).splitlines()

@@ -91,6 +91,8 @@ def test_run_ends_with_the_first_limit(values, total):
         ({}, 20, 0),
         ({"warmup_steps": 0}, 1000, 0),
         ({"warmup_ratio": 0.1}, 101, 11),
+        ({"warmup_steps": 0.1}, 101, 11),
+        ({"warmup_steps": 1}, 101, 1),
     ],
 )
 def test_warm_up_is_given_or_three_percent(values, total, steps):

@@ -73,6 +73,8 @@ DERIVED = [
     ({"max_steps": 200, "num_epochs": 2}, {"steps": "needs the data"}),
     ({"warmup_steps": 7}, {"warm-up": "7 steps"}),
     ({"warmup_ratio": 0.1}, {"warm-up": "10.0% of the steps; the number needs the data"}),
+    ({"warmup_steps": 0.1}, {"warm-up": "10.0% of the steps; the number needs the data"}),
+    ({"warmup_steps": 0.1, "max_steps": 50}, {"warm-up": "5 steps"}),
     ({"save_steps": 50}, {"checkpoints": "every 50 steps, and at the end"}),
     ({"save_steps": 0.5, "max_steps": 50}, {"checkpoints": "every 25 steps, and at the end"}),
     ({"save_steps": 0.5}, {"checkpoints": "50.0% of the run; the number needs the data"}),

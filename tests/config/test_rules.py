@@ -15,6 +15,11 @@ CONFLICTS = [
     ("eval_exact_match", {"eval_exact_match": True}),
     (
         "eval_exact_match",
+        HELD_OUT
+        | {"eval_exact_match": True, "datasets": None, "pretraining_dataset": [{"path": "x"}]},
+    ),
+    (
+        "eval_exact_match",
         HELD_OUT | {"eval_exact_match": True, "datasets": [{"path": "x", "type": "completion"}]},
     ),
     ("added_tokens_overrides", {"added_tokens_overrides": {3: "<a>", 4: "<a>"}}),
@@ -29,6 +34,10 @@ CONFLICTS = [
     ("batch_size", {"batch_size": 8, "gradient_accumulation_steps": 2}),
     ("batch_size", {"batch_size": 8, "micro_batch_size": 3}),
     ("warmup_steps", {"warmup_steps": 10, "warmup_ratio": 0.1}),
+    ("warmup_steps", {"warmup_steps": 1.5}),
+    ("lr_quadratic_warmup", {"lr_quadratic_warmup": True, "lr_scheduler": "linear"}),
+    ("lr_quadratic_warmup", {"lr_quadratic_warmup": True, "cosine_min_lr_ratio": 0.1}),
+    ("cosine_constant_lr_ratio", {"cosine_constant_lr_ratio": 0.8}),
     ("cosine_min_lr_ratio", {"cosine_min_lr_ratio": 0.1, "lr_scheduler": "linear"}),
     ("lora_model_dir", {"lora_model_dir": "x"}),
     ("lora_r", LORA | {"lora_r": None}),
@@ -91,6 +100,9 @@ def test_conflict_is_refused_in_one_line_naming_the_key(key, values):
         {"evals_per_epoch": 1, "eval_strategy": "no"} | {"evals_per_epoch": None},
         {"evals_per_epoch": 0, "warmup_steps": 0},
         {"val_set_size": 100},
+        {"warmup_steps": 0.1},
+        {"cosine_min_lr_ratio": 0.1, "cosine_constant_lr_ratio": 0.8},
+        {"datasets": None, "pretraining_dataset": [{"path": "x", "type": "pretrain"}]},
         {"chat_template": "jinja", "chat_template_jinja": "{{ messages }}"},
         {"remat": "full", "gradient_checkpointing": True},
         LORA | LOFTQ,

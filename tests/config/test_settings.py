@@ -1,5 +1,6 @@
 import dataclasses
 
+import pytest
 from minimal_configs import LORA, MINIMAL
 
 from jaxlora.config.load import load_config
@@ -46,6 +47,7 @@ def test_data_set_entries_reach_the_data_floor():
     entry = {"path": "x", "type": "chat_template", "split": "dev", "name": "n", "revision": "r"}
     entry |= {"data_files": ["a", "b"], "field_messages": "turns", "train_on_eos": "last"}
     entry |= {"message_field_role": "from", "roles": {"user": ["me"]}, "roles_to_train": ["bot"]}
+    entry |= {"drop_system_message": True}
     entry |= {"chat_template": "jinja", "chat_template_jinja": "{{ x }}", "field": "f"}
     assert held_out_specs(load_config(MINIMAL | {"test_datasets": [entry]})) == (
         DatasetSpec(
@@ -62,8 +64,35 @@ def test_data_set_entries_reach_the_data_floor():
             roles_to_train=("bot",),
             train_on_eos="last",
             chat_template="{{ x }}",
+            drop_system_message=True,
         ),
     )
+
+
+def test_texts_to_pretrain_on_are_completions():
+    entry = {"path": "x", "name": "n", "split": "dev", "text_column": "body", "data_files": "a"}
+    given = {"datasets": None, "pretraining_dataset": [entry | {"type": "pretrain"}]}
+    assert train_specs(load_config(MINIMAL | given)) == (
+        DatasetSpec(
+            path="x", type="completion", split="dev", data_files="a", name="n", field="body"
+        ),
+    )
+    assert len(train_specs(load_config(MINIMAL | {"pretraining_dataset": [entry]}))) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "mapped"),
+    [
+        ({}, {}),
+        ({"field_thinking": "why"}, {"reasoning_content": "why"}),
+        ({"template_thinking_key": "thinking"}, {"thinking": "reasoning_content"}),
+        ({"field_thinking": "why", "template_thinking_key": "thinking"}, {"thinking": "why"}),
+    ],
+)
+def test_the_reasoning_of_a_message_is_a_property_like_others(given, mapped):
+    entry = {"path": "x", "type": "chat_template", **given}
+    (spec,) = train_specs(load_config(MINIMAL | {"datasets": [entry]}))
+    assert spec.message_property_mappings == {"role": "role", "content": "content", **mapped}
 
 
 def test_data_options_reach_the_data_floor():

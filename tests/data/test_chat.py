@@ -47,6 +47,25 @@ def test_answers_and_their_end_are_trained(tokenizer):
     assert learned(tokenizer, {"messages": TALK}) == ["A1<|im_end|>", "A2<|im_end|>"]
 
 
+def test_a_system_message_is_left_out_when_asked(tokenizer):
+    rest = draft_of(tokenizer, {"messages": TALK[1:]})
+    assert draft_of(tokenizer, {"messages": TALK}, drop_system_message=True) == rest
+    assert draft_of(tokenizer, {"messages": TALK[1:]}, drop_system_message=True) == rest
+
+
+def test_reasoning_reaches_the_template_under_its_name_there(tokenizer):
+    template = (
+        "{% for m in messages %}{{ m['thinking'] or '' }}:{{ m['content'] }}"
+        "{{ eos_token }}{% endfor %}"
+    )
+    talk = [TALK[1], {**TALK[2], "why": "because"}]
+    names = {"role": "role", "content": "content", "thinking": "why"}
+    draft = draft_of(
+        tokenizer, {"messages": talk}, template=template, message_property_mappings=names
+    )
+    assert f"because:{TALK[2]['content']}" in draft.text
+
+
 def test_ids_equal_transformers_own(tokenizer):
     draft = draft_of(tokenizer, {"messages": TALK})
     [(tokens, _)] = encode([draft], Encoder(tokenizer))

@@ -44,6 +44,19 @@ def test_a_cosine_with_a_floor_equals_transformers(warmup):
     assert np.abs(ours("cosine", warmup, min_ratio=0.1) - wanted).max() <= TOLERANCE
 
 
+def test_a_squared_warm_up_is_the_square_of_the_plain_one():
+    squared, plain = ours("cosine", 7, quadratic_warmup=True), ours("cosine", 7)
+    assert np.abs(squared[:7] - plain[:7] ** 2 / PEAK).max() <= TOLERANCE
+    assert np.array_equal(squared[7:], plain[7:])
+
+
+def test_a_cosine_may_reach_its_floor_early_and_stay():
+    rates = ours("cosine", 7, min_ratio=0.1, decay_steps=30)
+    shorter = make_schedule("cosine", PEAK, total_steps=30, warmup_steps=7, min_ratio=0.1)
+    assert np.array_equal(rates[:30], [float(shorter(step)) for step in range(30)])
+    assert np.abs(rates[30:] - 0.1 * PEAK).max() <= TOLERANCE
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_run_shorter_than_its_warm_up_stays_finite_and_below_the_peak(name):
     rate = make_schedule(name, PEAK, total_steps=3, warmup_steps=5)

@@ -54,6 +54,19 @@ def test_logging_steps_thin_the_metrics_but_not_the_last_step(run, metrics_of):
     assert [record["step"] for record in records] == [4, 6]
 
 
+def test_losses_that_stay_high_end_the_run_and_what_there_is_is_saved(run, metrics_of):
+    result = run(loss_watchdog_threshold=1e-3, loss_watchdog_patience=2, logging_steps=4)
+    assert result.steps == 2
+    assert [record["step"] for record in metrics_of(result.output_dir)] == [2]
+    assert (result.output_dir / "adapter_model.safetensors").is_file()
+    names = {path.name for path in (result.output_dir / "checkpoints").iterdir()}
+    assert names == {"checkpoint-2"}
+
+
+def test_losses_below_the_threshold_do_not_end_the_run(run):
+    assert run(loss_watchdog_threshold=1e3, loss_watchdog_patience=1).steps == 6
+
+
 def test_a_used_output_folder_is_refused_and_left_as_it_was(run):
     folder = run(max_steps=1).output_dir
     before = contents(folder)
