@@ -5,22 +5,57 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from jaxlora.config.values import Count, Flag, Section, Text, Whole
+from jaxlora.data.spec import TOKENIZED, TYPES, expected_types
 
-TYPE_ALIASES = {"chat_template.default": "chat_template"}
+TYPE_ALIASES = {
+    "chat_template.default": "chat_template",
+    "messages": "chat_template",
+    "messages.chat": "chat_template",
+    "": TOKENIZED,
+}
 """Another name of a type: ours."""
 
+_SHAREGPT = (
+    "Axolotl dropped it; write instead the three lines type: chat_template, "
+    "field_messages: conversations, message_property_mappings: {role: from, content: value}"
+)
+_PREFERENCES = "preference and reward training are not available"
 _TYPE_HINTS = {
-    "sharegpt": "use type: chat_template with field_messages: conversations and "
-    "message_property_mappings: {role: from, content: value}",
+    "sharegpt": _SHAREGPT,
+    "sharegpt_simple": _SHAREGPT,
+    "sharegpt_jokes": _SHAREGPT,
+    "vicuna": f"{_SHAREGPT}, and a chat_template",
+    "chat": "write type: chat_template",
+    "user_defined": "write the fields of the prompt as a mapping under type",
     "pretrain": "use type: completion",
+    "pretraining": "use type: completion",
+    "bradley_terry": _PREFERENCES,
+    "stepwise_supervised": _PREFERENCES,
+    "dpo": _PREFERENCES,
+    "kto": _PREFERENCES,
+    "orpo": _PREFERENCES,
+    "ebft": _PREFERENCES,
+    "chatml": _PREFERENCES,
+    "llama3": _PREFERENCES,
+    "zephyr": _PREFERENCES,
+    "passthrough": _PREFERENCES,
+    "_synthetic": "synthetic data are not available; write a file",
 }
+"""Types of Axolotl, by the name before the first dot or colon, that are refused, and why."""
 
 
 def _dataset_type(value: Any) -> Any:
-    name = str(value).split(":")[0].split(".")[0]
-    if name in _TYPE_HINTS:
-        raise ValueError(f"{value} is not supported: {_TYPE_HINTS[name]}")
-    return TYPE_ALIASES.get(value, value) if isinstance(value, str) else value
+    if value is None:
+        return TOKENIZED
+    if not isinstance(value, str):
+        return value
+    name = TYPE_ALIASES.get(value, value)
+    base = name.split(":")[0].split(".")[0]
+    if name not in TYPES and base in _TYPE_HINTS:
+        raise ValueError(f"{value} is not supported: {_TYPE_HINTS[base]}")
+    if name not in TYPES:
+        raise ValueError(f"{value} is not known; expected {expected_types(value)}")
+    return name
 
 
 LEGACY_KEYS = {
@@ -57,10 +92,10 @@ class DatasetConfig(Section):
     path: Text
     """Local file or folder, or a hub id."""
     type: Annotated[
-        Literal["alpaca", "chat_template", "completion", "input_output"] | PromptFormat,
+        Annotated[str, Field(json_schema_extra={"enum": list(TYPES)})] | PromptFormat,
         BeforeValidator(_dataset_type),
-    ]
-    """How a row becomes a prompt and a response."""
+    ] = TOKENIZED
+    """How a row becomes prompt and response (docs/data.md); without it rows are tokens already."""
     split: Text = "train"
     """Split of a hub data set."""
     name: Text | None = None

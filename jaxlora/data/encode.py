@@ -15,15 +15,18 @@ Example = tuple[NDArray[np.int32], NDArray[np.uint8]]
 class Pieces:
     """Texts encoded one by one and joined: ``((text, trained), ...)``.
 
-    bos: start with what the tokenizer writes before a text. eos: end with a trained end token.
-    literal: the text of a special token stays text. split: may be cut into several examples.
+    bos: start with what the tokenizer writes before a text. eos: how many trained end tokens end
+    it. literal: the text of a special token stays text. split: may be cut into several examples.
+    contents: if given, the first piece holds special tokens, but these character spans of it are
+    text.
     """
 
     pieces: tuple[tuple[str, bool], ...]
     bos: bool
-    eos: bool
+    eos: int
     literal: bool = True
     split: bool = False
+    contents: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,24 @@ class Rendered:
     ends: tuple[str, ...] = ()
 
 
-def encode(drafts: Sequence[Pieces | Rendered], encoder: Encoder) -> list[Example]:
-    """Encodes drafts of both kinds, in order; the first token is never trained."""
-    done: dict[int, Example] = {}
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids with what to train on, as they were in the row."""
+
+    ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+
+
+Draftable = Pieces | Rendered | Tokens
+
+
+def encode(drafts: Sequence[Draftable], encoder: Encoder) -> list[Example]:
+    """Encodes drafts of all kinds, in order; the first token is never trained."""
+    done: dict[int, Example] = {
+        i: (np.array(draft.ids, np.int32), np.array(draft.trained, np.uint8))
+        for i, draft in enumerate(drafts)
+        if isinstance(draft, Tokens)
+    }
     done |= _encode_pieces({i: d for i, d in enumerate(drafts) if isinstance(d, Pieces)}, encoder)
     done |= _encode_rendered(
         {i: d for i, d in enumerate(drafts) if isinstance(d, Rendered)}, encoder
@@ -56,26 +74,41 @@ def encode(drafts: Sequence[Pieces | Rendered], encoder: Encoder) -> list[Exampl
 
 def _encode_pieces(drafts: dict[int, Pieces], encoder: Encoder) -> dict[int, Example]:
     done: dict[int, Example] = {}
+    framed = _encode_framed({i: d for i, d in drafts.items() if d.contents is not None}, encoder)
     for literal in (True, False):
         chosen = {i: draft for i, draft in drafts.items() if draft.literal is literal}
-        texts = [text for draft in chosen.values() for text, _ in draft.pieces]
+        texts = [text for i, d in chosen.items() for text, _ in d.pieces[i in framed :]]
         ids = iter(encoder.ids(texts, literal=literal) if texts else [])
         for i, draft in chosen.items():
             tokens = list(encoder.prefix) if draft.bos else []
             counts = [(len(tokens), False)]
-            for _, trained in draft.pieces:
-                piece = next(ids)
+            for number, (_, trained) in enumerate(draft.pieces):
+                piece = framed[i] if number == 0 and i in framed else next(ids)
                 tokens += piece
                 counts.append((len(piece), trained))
             if draft.eos:
-                tokens.append(encoder.eos_id)
-                counts.append((1, True))
+                tokens += [encoder.eos_id] * draft.eos
+                counts.append((int(draft.eos), True))
             lengths, flags = zip(*counts, strict=True)
             done[i] = (
                 np.array(tokens, np.int32),
                 np.repeat(np.array(flags, np.uint8), lengths),
             )
     return done
+
+
+def _encode_framed(drafts: dict[int, Pieces], encoder: Encoder) -> dict[int, list[int]]:
+    """Token ids of the first piece of each draft, special but in its `contents`."""
+    texts = [draft.pieces[0][0] for draft in drafts.values()]
+    encodings = encoder.with_offsets(texts) if texts else []
+    found = {}
+    for (i, draft), text, encoding in zip(drafts.items(), texts, encodings, strict=True):
+        tokens = np.array(encoding.ids, np.int32)
+        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        assert draft.contents is not None
+        rendered = Rendered(text, (), draft.contents)
+        found[i] = _literal(tokens, offsets, rendered, encoder)[0].tolist()
+    return found
 
 
 def _encode_rendered(drafts: dict[int, Rendered], encoder: Encoder) -> dict[int, Example]:

@@ -14,19 +14,21 @@ import numpy as np
 from jaxlora.core.errors import UserError
 from jaxlora.data import cache
 from jaxlora.data.chat import Dropped, chat, template_of
-from jaxlora.data.encode import Example, Pieces, Rendered, cut, encode
-from jaxlora.data.prompts import CustomPrompt, alpaca, completion, input_output
+from jaxlora.data.encode import Draftable, Example, Pieces, cut, encode
+from jaxlora.data.instructions import INSTRUCTIONS
+from jaxlora.data.prompts import CustomPrompt, Instruction, completion, input_output
 from jaxlora.data.report import Report, SourceReport, TableReport, refuse_nothing, table_report
 from jaxlora.data.sources import digest, rows
-from jaxlora.data.spec import DataOptions, DatasetSpec
+from jaxlora.data.spec import TOKENIZED, DataOptions, DatasetSpec
 from jaxlora.data.table import TableWriter, TokenTable
+from jaxlora.data.tokenized import tokenized
 from jaxlora.data.tokenizer import Encoder, template_text, tokenizer_digest
 
 # Rows encoded at once: enough for every core, little enough to hold.
 _CHUNK = 1000
 TOO_LONG, NOTHING_TRAINED, EMPTY = "longer than sequence_len", "no trained token", "empty text"
 
-Draft = Pieces | Rendered | Dropped
+Draft = Draftable | Dropped
 Progress = Callable[[int, int], None]
 
 
@@ -101,17 +103,28 @@ def drafter(
     """The function of a data set's type that turns ``(row, origin)`` into a draft."""
     inputs = options.train_on_inputs
     if not isinstance(spec.type, str):
-        return partial(CustomPrompt.of(spec.type).draft, train_on_inputs=inputs)
-    if spec.type == "alpaca":
-        return partial(alpaca, train_on_inputs=inputs)
+        return _instruction(CustomPrompt.of(spec.type).instruction, "custom", inputs, encoder)
+    if spec.type in INSTRUCTIONS:
+        return _instruction(INSTRUCTIONS[spec.type], spec.type, inputs, encoder)
     if spec.type == "input_output":
         return partial(input_output, train_on_inputs=inputs)
     if spec.type == "completion":
         return partial(_completion, field=spec.field)
+    if spec.type == TOKENIZED:
+        return partial(tokenized, vocabulary=len(encoder.tokenizer))
+    talk = spec.chat
+    assert talk is not None, "every type is one of these"
     template = template_of(
-        encoder.tokenizer, spec.chat_template or options.chat_template, options.eot_tokens
+        encoder.tokenizer, talk.chat_template or options.chat_template, options.eot_tokens
     )
-    return partial(chat, spec=spec, template=template, encoder=encoder, train_on_inputs=inputs)
+    return partial(chat, spec=talk, template=template, encoder=encoder, train_on_inputs=inputs)
+
+
+def _instruction(
+    form: Instruction, kind: str, train_on_inputs: bool, encoder: Encoder
+) -> Callable[[Mapping[str, Any], str], Draft]:
+    framed = form.holds_special(encoder)
+    return partial(form.draft, kind=kind, train_on_inputs=train_on_inputs, framed=framed)
 
 
 def _completion(row: Mapping[str, Any], origin: str, field: str | None) -> Draft:
@@ -120,7 +133,7 @@ def _completion(row: Mapping[str, Any], origin: str, field: str | None) -> Draft
 
 
 def _fit(
-    example: Example, draft: Pieces | Rendered, origin: str, options: DataOptions
+    example: Example, draft: Draftable, origin: str, options: DataOptions
 ) -> tuple[list[Example], str | None]:
     limit, why = options.sequence_len, None
     examples = [example]
@@ -147,8 +160,8 @@ def _key(
 ) -> str:
     def described(spec: DatasetSpec) -> dict[str, Any]:
         parts: dict[str, Any] = {**dataclasses.asdict(spec), "digest": digest(spec)}
-        if spec.type == "chat_template":
-            choice = spec.chat_template or options.chat_template
+        if spec.chat is not None:
+            choice = spec.chat.chat_template or options.chat_template
             parts["template"] = template_text(tokenizer, choice)
         return parts
 

@@ -1,12 +1,17 @@
 """What a data set is and how its rows become examples: plain values, checked at birth."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxlora.core.errors import UserError, did_you_mean
+from jaxlora.data.chat_types import CHATS
+from jaxlora.data.instructions import INSTRUCTIONS
 
-TYPES = ("alpaca", "chat_template", "completion", "input_output")
+TOKENIZED = "tokenized"
+"""The type of rows that are tokens already: an entry without a type."""
+TYPES = (*INSTRUCTIONS, *CHATS, "chat_template", "completion", "input_output", TOKENIZED)
 DEFAULT_ROLES: dict[str, tuple[str, ...]] = {
     "user": ("human", "user"),
     "assistant": ("gpt", "assistant"),
@@ -43,13 +48,27 @@ class DatasetSpec:
         if isinstance(self.type, str) and self.type not in TYPES:
             raise UserError(
                 f'datasets: type "{self.type}" of {self.path} is not known; '
-                f"expected one of {', '.join(TYPES)}.{did_you_mean(self.type, TYPES)}"
+                f"expected {expected_types(self.type)}"
             )
         if self.train_on_eos not in ("all", "turn", "last", "none"):
             raise UserError(
                 f'datasets: train_on_eos "{self.train_on_eos}" of {self.path} is not known; '
                 "expected all, turn, last or none."
             )
+
+    @property
+    def chat(self) -> "DatasetSpec | None":
+        """The data set with all that the name of its type says, if it holds conversations."""
+        if self.type == "chat_template":
+            return self
+        settings = CHATS.get(self.type) if isinstance(self.type, str) else None
+        return settings and dataclasses.replace(self, type="chat_template", **settings)
+
+
+def expected_types(given: str) -> str:
+    """The types in the words of an error, with the one that was probably meant."""
+    main = [name for name in TYPES if not set(name) & set(":.")]
+    return f"one of {', '.join(main)}, or a mapping.{did_you_mean(given, TYPES)}"
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from minimal_configs import LORA, MINIMAL
 
 from jaxlora.config.load import load_config
 from jaxlora.config.settings import data_options, held_out_specs, lora_config, train_specs
+from jaxlora.core.errors import UserError
 from jaxlora.data.prompts import CustomPrompt
-from jaxlora.data.spec import TYPES, DatasetSpec
+from jaxlora.data.spec import TOKENIZED, TYPES, DatasetSpec
 
 
 def test_adapter_options_reach_the_lora_floor():
@@ -35,6 +36,31 @@ def test_every_type_of_the_data_floor_is_accepted():
     for kind in TYPES:
         config = load_config(MINIMAL | {"datasets": [{"path": "x", "type": kind}]})
         assert train_specs(config)[0].type == kind
+
+
+@pytest.mark.parametrize("entry", [{}, {"type": None}, {"type": ""}])
+def test_rows_without_a_type_are_tokens(entry):
+    config = load_config(MINIMAL | {"datasets": [{"path": "x", **entry}]})
+    assert train_specs(config)[0].type == TOKENIZED
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (
+            "sharegpt",
+            r"three lines type: chat_template, field_messages: conversations, "
+            r"message_property_mappings: \{role: from, content: value\}",
+        ),
+        ("sharegpt:chat", "three lines"),
+        ("bradley_terry.chat_template", "preference and reward training"),
+        ("alpaca_chat.load_q", 'expected one of .*Did you mean "alpaca_chat.load_qa"'),
+    ],
+)
+def test_other_types_are_refused_with_what_to_write(kind, message):
+    with pytest.raises(UserError, match=message) as error:
+        load_config(MINIMAL | {"datasets": [{"path": "x", "type": kind}]})
+    assert "\n" not in str(error.value)
 
 
 def test_custom_prompt_has_the_defaults_of_the_data_floor():

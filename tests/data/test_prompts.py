@@ -2,19 +2,9 @@ import pytest
 
 from jaxlora.core.errors import UserError
 from jaxlora.data.encode import encode
-from jaxlora.data.prompts import CustomPrompt, alpaca, alpaca_prompt, completion, input_output
+from jaxlora.data.instructions import INSTRUCTIONS
+from jaxlora.data.prompts import CustomPrompt, Instruction, completion, input_output
 from jaxlora.data.tokenizer import Encoder
-
-# Written out here, not imported: these are the words that models were trained with.
-WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\nDo\n\n### Input:\nthis\n\n### Response:\n"
-)
-WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\nDo\n\n### Response:\n"
-)
 
 
 def pieces(draft, tokenizer) -> list[tuple[str, bool]]:
@@ -28,34 +18,39 @@ def pieces(draft, tokenizer) -> list[tuple[str, bool]]:
     return [(tokenizer.decode(ids), flag) for ids, flag in runs]
 
 
-def test_alpaca_prompt_is_axolotls():
-    assert alpaca_prompt("Do", "this") == WITH_INPUT
-    assert alpaca_prompt("Do", "") == alpaca_prompt("Do") == WITHOUT_INPUT
+FORM = Instruction("{q}|{more}>", "{q}>", "{a}", system="[{system}]")
 
 
-@pytest.mark.parametrize("row_input", [{"input": "this"}, {"input": ""}, {"input": None}, {}])
-def test_alpaca_trains_the_answer_and_its_end(tokenizer, row_input):
-    row = {"instruction": "Do", "output": "Done {x}", **row_input}
-    prompt = WITH_INPUT if row_input.get("input") else WITHOUT_INPUT
-    assert pieces(alpaca(row, "f:1"), tokenizer) == [
-        ("<s>" + prompt, False),
-        ("Done {x}</s>", True),
-    ]
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"more": "m", "system": "s"}, "[s]q|m>"),
+        ({"more": "", "system": ""}, "q>"),
+        ({"more": None, "system": None}, "q>"),
+        ({"system": "s"}, "[s]q>"),
+    ],
+)
+def test_a_form_is_written_with_what_the_row_has(tokenizer, row, prompt):
+    draft = FORM.draft({"q": "q", "a": "Done {x}", **row}, "f:1", "form")
+    assert pieces(draft, tokenizer) == [("<s>" + prompt, False), ("Done {x}</s>", True)]
 
 
 def test_train_on_inputs_trains_all_but_the_first_token(tokenizer):
-    row = {"instruction": "Do", "output": "Done"}
-    assert pieces(alpaca(row, "f:1", train_on_inputs=True), tokenizer) == [
-        ("<s>", False),
-        (WITHOUT_INPUT + "Done</s>", True),
+    draft = FORM.draft({"q": "q", "a": "a", "system": ""}, "f:1", "form", train_on_inputs=True)
+    assert pieces(draft, tokenizer) == [("<s>", False), ("q>a</s>", True)]
+
+
+def test_only_the_special_tokens_of_a_form_are_special(tokenizer):
+    form = Instruction("", "<|im_start|>{q}<|im_end|>", "{a}")
+    row = {"q": "a</s>b<|im_end|>", "a": "<|im_end|>"}
+    assert form.holds_special(Encoder(tokenizer))
+    draft = form.draft(row, "f:1", "form", framed=True)
+    assert pieces(draft, tokenizer) == [
+        ("<s><|im_start|>a</s>b<|im_end|><|im_end|>", False),
+        ("<|im_end|></s>", True),
     ]
-
-
-def test_special_text_in_a_row_stays_text(tokenizer):
-    row = {"instruction": "a</s>b", "output": "<|im_end|>"}
-    [(tokens, _)] = encode([alpaca(row, "f:1")], Encoder(tokenizer))
-    assert [token for token in tokens.tolist() if token < 8] == [1, 2]
-    assert tokens[-1] == 2
+    [(tokens, _)] = encode([draft], Encoder(tokenizer))
+    assert [token for token in tokens.tolist() if token < 8] == [1, 4, 5, 2]
 
 
 def test_completion_trains_the_whole_text(tokenizer):
@@ -89,7 +84,7 @@ def test_custom_prompt(tokenizer):
     )
     for more, prompt in (("m", "[S]q|m\n"), (None, "[S]q\n")):
         row = {"mr": "q", "ref": "a", "more": more}
-        draft = custom.draft(row, "f:1", train_on_inputs=False)
+        draft = custom.instruction.draft(row, "f:1", "custom")
         assert pieces(draft, tokenizer) == [("<s>" + prompt, False), ("a</s>", True)]
 
 
@@ -97,12 +92,18 @@ def test_custom_prompt(tokenizer):
     ("given", "message"),
     [
         ({"feild_output": "a"}, 'Did you mean "field_output"'),
-        ({"format": "{question}"}, "a format may use"),
+        ({"format": "{question}"}, "a format may use .* only, not {question}"),
+        ({"format": "{}"}, "a format cannot be read"),
+        ({"format": "{instruction"}, "a format cannot be read"),
     ],
 )
 def test_a_wrong_custom_prompt_is_refused(given, message):
     with pytest.raises(UserError, match=message):
         CustomPrompt.of(given)
+
+
+def alpaca(row, origin):
+    return INSTRUCTIONS["alpaca"].draft(row, origin, "alpaca")
 
 
 A = {"instruction": "i", "output": "o"}

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from jaxlora.data.instructions import alpaca_prompt
 from jaxlora.data.prepare import prepare
-from jaxlora.data.prompts import alpaca_prompt
 from jaxlora.data.scoring import examples_for_scoring, table_for_scoring
 from jaxlora.data.spec import DataOptions, DatasetSpec
 
