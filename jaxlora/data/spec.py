@@ -62,7 +62,9 @@ class DatasetSpec:
         if self.type == "chat_template":
             return self
         settings = CHATS.get(self.type) if isinstance(self.type, str) else None
-        return settings and dataclasses.replace(self, type="chat_template", **settings)
+        if settings is None:
+            return None
+        return dataclasses.replace(self, type="chat_template", **settings)
 
 
 def expected_types(given: str) -> str:
