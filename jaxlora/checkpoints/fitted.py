@@ -129,7 +129,9 @@ def load_base(
     shared = ["embed/embedding"] if own_head else []
 
     def fitted(path: str, leaf: Any) -> Any:
-        leaf = _resized(path, leaf, specs[path], cfg.init_std if not mean_resizing else None)
+        # As in transformers, which only appends zeros to the bias of a tied head.
+        mean = mean_resizing and not (stored.tie_embedding and specs[path].kind == "bias")
+        leaf = _resized(path, leaf, specs[path], None if mean else cfg.init_std)
         if path in shared:
             for other in own_head:
                 head[other] = place(other, np.ascontiguousarray(stored_as(other, leaf).T))

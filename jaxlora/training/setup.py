@@ -31,7 +31,13 @@ from jaxlora.ops.arrays import FOUR_BIT
 from jaxlora.parallel.mesh import batch_shards, make_mesh
 from jaxlora.parallel.rules import Placement
 from jaxlora.training.leaves import trained_leaves
-from jaxlora.training.vocabulary import check_learned, open_tokenizer, rows_wanted, token_notes
+from jaxlora.training.vocabulary import (
+    check_learned,
+    open_tokenizer,
+    rows_wanted,
+    token_notes,
+    tokenizer_folder,
+)
 
 Say = Callable[[str], None]
 
@@ -109,7 +115,7 @@ def open_model(config: Config) -> Model:
             hub.resolve(config.lora_model_dir), stored, fingerprint=fingerprint or None
         )
         lora = start.config
-    tokens = open_tokenizer(config, folder, start)
+    tokens = open_tokenizer(config, tokenizer_folder(config, folder, stored, start))
     cfg = fit(stored, lora, rows_wanted(config, stored, tokens, start))
     specs = describe(cfg)
     targets, parts = trained_leaves(config, cfg, lora, start)

@@ -18,28 +18,38 @@ from jaxlora.models.parameters import ParamSpec
 _MULTIPLE = 32  # resize_token_embeddings_to_32x
 
 
-def open_tokenizer(
-    config: Config, folder: Path | None = None, start: LoadedAdapter | None = None
-) -> Extended:
+def open_tokenizer(config: Config, folder: Path | None = None) -> Extended:
     """Returns the tokenizer of a run, with its new tokens.
 
     Args:
       config: the run.
-      folder: of the base model; None finds it by the configuration.
-      start: the adapter of `lora_model_dir`; one for more tokens than its base brings along the
-        tokenizer that knows them.
+      folder: where it is if `tokenizer_config` does not say; None: with the base model.
 
     Raises:
       UserError: no tokenizer there, or tokens that cannot be added.
     """
     source, revision = config.tokenizer_config or folder, None
-    if start is not None and start.tables and config.tokenizer_config is None:
-        beside = hub.resolve(config.lora_model_dir or "")
-        source = beside if (beside / "tokenizer.json").is_file() else source
     if source is None:
         source, revision = config.base_model, config.revision_of_model
     tokenizer = load_tokenizer(source, revision=revision)
     return extend_tokenizer(tokenizer, settings.new_tokens(config))
+
+
+def tokenizer_folder(
+    config: Config, folder: Path, stored: ModelConfig, start: LoadedAdapter | None
+) -> Path:
+    """Returns where the tokenizer is: an adapter for more tokens than its base has brings its own.
+
+    Args:
+      config: the run.
+      folder: of the base model.
+      stored: shape of the base on disk.
+      start: the adapter of `lora_model_dir`.
+    """
+    if start is None or start.cfg.vocab_size == stored.vocab_size:
+        return folder
+    beside = hub.resolve(config.lora_model_dir or "")
+    return beside if (beside / "tokenizer.json").is_file() else folder
 
 
 def rows_wanted(
