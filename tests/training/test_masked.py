@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from jaxlora.checkpoints.load import read_model_config
 from jaxlora.config.load import load_config
 from jaxlora.core.errors import UserError
 from jaxlora.generation.model import load
@@ -59,6 +60,7 @@ def run(encoder, texts, tmp_path):
     return start
 
 
+TABLE = "base_model.model.bert.embeddings.word_embeddings"
 LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
 
 
@@ -82,6 +84,21 @@ def test_a_lora_run_learns_and_its_adapter_has_no_task_type(run):
     written = json.loads((result.output_dir / "adapter_config.json").read_text())
     assert written["task_type"] is None
     assert "fill-mask" in (result.output_dir / "README.md").read_text()
+
+
+@pytest.mark.parametrize("storage", [None, "int8"])
+def test_an_encoder_learns_a_new_token(run, encoder, storage):
+    size = read_model_config(encoder)[0].vocab_size
+    rows = {"peft_trainable_token_indices": [size], "mean_resizing_embeddings": True}
+    result = run(**LORA, **rows, tokens=["ca"], max_steps=4, quantization=storage)
+    tensors = load_file(result.output_dir / "adapter_model.safetensors")
+    row = tensors[f"{TABLE}.token_adapter.trainable_tokens_delta"]
+    table = tensors[f"{TABLE}.token_adapter.base_layer.weight"]
+    assert table.shape[0] == size + 1
+    assert np.abs(row - table[size:]).max() > 1e-3
+    # transformers appends a zero to the bias of a tied head.
+    bias = tensors["base_model.model.cls.predictions.decoder.token_adapter.base_layer.bias"]
+    np.testing.assert_array_equal(bias[size:], 0)
 
 
 def test_evaluation_masks_are_fixed(run, encoder):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from gguf_writing import byte_level
 from safetensors.numpy import load_file
 
 import jaxlora
@@ -133,6 +134,46 @@ def test_full_fine_tuning_exports_the_larger_model(base, size, run, tmp_path):
     tokenizer = load_tokenizer(tmp_path / "run")
     assert tokenizer.convert_tokens_to_ids("<later>") == size + 2
     assert len(jaxlora.generate(tmp_path / "run", [" cat"], max_new_tokens=2)) == 1
+
+
+def test_a_chat_with_new_tokens_is_evaluated_and_verified(size, keys, run, tmp_path):
+    pytest.importorskip("peft")
+    new = range(size, size + 3)
+    changes = {
+        "tokens": ["<|im_start|>", "<|im_end|>", " cat"],
+        "chat_template": "chatml",
+        "peft_trainable_token_indices": {"embed_tokens": [*new], "lm_head": [*new]},
+        "quantization": "int4",
+        "val_set_size": 4,
+        "max_steps": 2,
+    }
+    result = run("run", **changes)
+    folder = tmp_path / "run"
+    told = {**keys, **changes, "output_dir": str(tmp_path / "x")}
+    # Weights went through a file of the same dtype.
+    assert jaxlora.evaluate(told, adapter=folder).loss == pytest.approx(result.eval_loss, rel=1e-5)
+    verdict = jaxlora.verify(folder)
+    assert verdict.ok, verdict
+    assert load_tokenizer(folder).chat_template
+
+
+def test_a_gguf_file_has_the_new_tokens(write_tiny_llama, run, tmp_path):
+    pytest.importorskip("gguf")
+    tokenizer = byte_level()  # the bundled one splits by a rule that llama.cpp has no name for
+    size = len(tokenizer)
+    folder = write_tiny_llama(tmp_path / "base", vocab_size=size)
+    tokenizer.save_pretrained(folder)
+    changes = {"tokens": ["<now>", "<later>"], **WHOLE, "max_steps": 1}
+    run("run", **changes, base_model=str(folder), resize_token_embeddings_to_32x=True)
+    file = jaxlora.merge(tmp_path / "run", None, tmp_path / "merged.gguf", gguf="F16")
+    cfg, _ = read_model_config(file)
+    assert cfg.vocab_size == -(-(size + 2) // 32) * 32
+    merged = load_params(file, cfg, dtype="float32")
+    # F16 keeps 11 bits of each weight; logits vary by about 1.
+    ours = logits_of(folder, tmp_path / "run")
+    np.testing.assert_allclose(probe_logits(cfg, merged), ours, atol=2e-2)
+    vocabulary = load_tokenizer(file).get_vocab()
+    assert {vocabulary[text] for text in changes["tokens"]} == {size, size + 1}
 
 
 def test_rows_to_spare_are_taken_first(size, run, tmp_path, write_base, keys):
