@@ -36,6 +36,7 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+GENERATION_FILE = "generation_config.json"
 _METADATA = {"format": "pt"}
 
 
@@ -59,7 +60,8 @@ def save_model(
       folder: where to; appears whole or not at all.
       source_folder: config.json, generation_config.json and tokenizer are copied from here; of a
         GGUF file only what says what the model is.
-      tokenizer_folder: the tokenizer is copied from here instead.
+      tokenizer_folder: the tokenizer, and generation_config.json if it has one, is copied from
+        here instead.
       config: content of config.json if `source_folder` has none, or not the right one.
       dtype: float32, float16 or bfloat16.
       max_shard_bytes: weights beyond this are split into several files with an index.
@@ -191,7 +193,9 @@ def _write_config(
     config: Mapping[str, Any] | None,
     dtype: np.dtype,
 ) -> None:
-    copied = [(tokenizer or source, _TOKENIZER_FILES), (source, ("generation_config.json",))]
+    # New special tokens change how a model generates: who saved the tokenizer has told so.
+    told = tokenizer if tokenizer and (Path(tokenizer) / GENERATION_FILE).is_file() else source
+    copied = [(tokenizer or source, _TOKENIZER_FILES), (told, (GENERATION_FILE,))]
     for folder, name in ((folder, name) for folder, names in copied for name in names):
         if folder is not None and (Path(folder) / name).is_file():
             shutil.copyfile(Path(folder) / name, stage / name)

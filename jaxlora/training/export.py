@@ -1,7 +1,10 @@
 """Trained weights out: a PEFT adapter, or the whole model of a full fine-tune."""
 
+import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +15,11 @@ from jaxlora.checkpoints import hub, run_folder
 from jaxlora.checkpoints.adapter import read_adapter, tensors_beside
 from jaxlora.checkpoints.adapter_files import open_adapter
 from jaxlora.checkpoints.fitted import load_base, resized_tables, written_config
+from jaxlora.checkpoints.json_files import read_json_object
 from jaxlora.checkpoints.load import read_model_config
 from jaxlora.checkpoints.peft import save_adapter
 from jaxlora.checkpoints.peft_config import CONFIG_FILE
-from jaxlora.checkpoints.save import save_model
+from jaxlora.checkpoints.save import GENERATION_FILE, save_model
 from jaxlora.checkpoints.store import CheckpointStore, locate
 from jaxlora.config.load import load_config
 from jaxlora.config.schema import Config
@@ -24,9 +28,12 @@ from jaxlora.core.tree import Tree, flatten, unflatten
 from jaxlora.data.tokenizer import template_text
 from jaxlora.lora.parts import fill
 from jaxlora.models.parameters import describe
+from jaxlora.models.task import NEXT_TOKEN, task_of
 from jaxlora.training.resume import CHECKPOINTS
 from jaxlora.training.setup import Model, open_model
 from jaxlora.training.state import TrainState, make_tx, quant_spec, saved, split_pairs
+
+_GENERATION_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def export_weights(config: Config, model: Model, state: Tree, folder: Path) -> None:
@@ -80,6 +87,27 @@ def _save_tokenizer(config: Config, model: Model, folder: Path) -> None:
     if choice is not None:  # who loads the result should ask as it was taught
         model.tokenizer.chat_template = template_text(model.tokenizer, choice)
     model.tokenizer.save_pretrained(str(folder))
+    special = config.special_tokens.model_dump(exclude_none=True)
+    ids = {f"{name}_id": getattr(model.tokenizer, f"{name}_id", None) for name in special}
+    ids = {name: ids[name] for name in _GENERATION_IDS if ids.get(name) is not None}
+    if ids and task_of(model.cfg) == NEXT_TOKEN:
+        content = json.dumps(_generation(model.folder, ids), indent=2) + "\n"
+        (folder / GENERATION_FILE).write_text(content, encoding="utf-8")
+
+
+def _generation(base: Path, ids: Mapping[str, int]) -> dict[str, Any]:
+    """generation_config.json of a base with other special tokens; what ended a text still does."""
+    _, raw = read_model_config(base)
+    content = {name: raw[name] for name in _GENERATION_IDS if raw.get(name) is not None}
+    if (base / GENERATION_FILE).is_file():
+        content = read_json_object(base / GENERATION_FILE, "")
+    before = content.get("eos_token_id", [])
+    content |= ids
+    if "eos_token_id" in ids:
+        others = before if isinstance(before, list) else [before]
+        ends = [ids["eos_token_id"], *(end for end in others if end != ids["eos_token_id"])]
+        content["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    return content
 
 
 def _tables(config: Config, model: Model) -> dict[str, np.ndarray]:

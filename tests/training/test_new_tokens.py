@@ -1,5 +1,7 @@
 """New tokens from `train` over resume, export and merge to `generate`."""
 
+import json
+
 import numpy as np
 import pytest
 from gguf_writing import byte_level
@@ -140,7 +142,8 @@ def test_a_chat_with_new_tokens_is_evaluated_and_verified(size, keys, run, tmp_p
     pytest.importorskip("peft")
     new = range(size, size + 3)
     changes = {
-        "tokens": ["<|im_start|>", "<|im_end|>", " cat"],
+        "tokens": ["<|im_start|>", " cat"],
+        "special_tokens": {"eos_token": "<|im_end|>"},
         "chat_template": "chatml",
         "peft_trainable_token_indices": {"embed_tokens": [*new], "lm_head": [*new]},
         "quantization": "int4",
@@ -155,6 +158,9 @@ def test_a_chat_with_new_tokens_is_evaluated_and_verified(size, keys, run, tmp_p
     verdict = jaxlora.verify(folder)
     assert verdict.ok, verdict
     assert load_tokenizer(folder).chat_template
+    merged = jaxlora.merge(folder, None, tmp_path / "merged")
+    ends = json.loads((merged / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == [load_tokenizer(folder).convert_tokens_to_ids("<|im_end|>"), 2]
 
 
 def test_a_gguf_file_has_the_new_tokens(write_tiny_llama, run, tmp_path):
