@@ -19,9 +19,12 @@ OLD, NEW = 61, 71
 TOKENS = np.random.default_rng(0).integers(3, NEW, (2, 12))
 # Untied; tied with a scaled embedding; tied; a head with a bias; tied with a bias.
 NAMES = ["llama 2, gqa", "gemma", "gpt-2", "phi-2", "bert"]
+SLOW = dict.fromkeys(NAMES[1:-1], pytest.mark.oracle)
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=SLOW.get(name, ())) for name in NAMES]
+)
 def base(request, make_case, tmp_path_factory):
     """Folder, its shape, and the shape with room for more."""
     folder = tmp_path_factory.mktemp("base")

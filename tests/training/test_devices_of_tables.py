@@ -13,7 +13,7 @@ from jaxlora.checkpoints.load import read_model_config
 
 PROGRAM = "import json, sys, jaxlora; jaxlora.train(json.loads(sys.argv[1]), quiet=True)"
 NEW = {"tokens": [" cat", "<later>"], "special_tokens": {"pad_token": "<fill>"}}
-SLOW = ("whole, fsdp", "whole, old size, tensor")
+CASES = ("rows, tensor", "whole, fsdp", "whole, old size, tensor")
 WHOLE = {"lora_modules_to_save": ["embed_tokens", "lm_head", "model.norm"]}
 
 
@@ -24,9 +24,7 @@ def train_on_two(keys):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-CASES = ["rows, tensor", *(pytest.param(c, marks=pytest.mark.oracle) for c in SLOW)]
-
-
+@pytest.mark.oracle
 @pytest.mark.parametrize("case", CASES)
 def test_tables_on_two_devices_are_those_of_one(case, base, keys, run, metrics_of, tmp_path):
     size = read_model_config(base)[0].vocab_size

@@ -99,7 +99,7 @@ def adapter_file_of_no_steps(run, tmp_path, changes):
     return adapter_file(tmp_path / "start")
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.oracle), True])
 def test_only_the_rows_of_new_tokens_move(tied, base, size, run, tmp_path, write_base):
     home = write_base(tmp_path / "base", tie_word_embeddings=True) if tied else base
     rows = {"peft_trainable_token_indices": [size + 1, size + 2]}
