@@ -127,6 +127,16 @@ class DatasetConfig(Section):
     """Roles whose turns are trained."""
     train_on_eos: Literal["all", "turn", "last", "none"] = "turn"
     """Which end-of-turn tokens are trained: all, of trained turns, the last, none."""
+    train_on_eot: Literal["all", "turn", "last", "none"] | None = None
+    """The same for ends of turns that are not the eos_token; null: as `train_on_eos`."""
+    message_field_training: Text | None = None
+    """Key of a message that says whether it is trained, before its role does."""
+    message_field_training_detail: Text | None = None
+    """Key of a message with the characters to train: a list of begin_offset, end_offset, train."""
+    field_tools: Text = "tools"
+    """Column with the tools, a list or JSON text."""
+    split_thinking: Flag = False
+    """Reads reasoning between `<think>` and `</think>` of an answer as `template_thinking_key`."""
     field_thinking: Text | None = None
     """Key of a message with its reasoning; null: reasoning_content."""
     template_thinking_key: Text | None = None

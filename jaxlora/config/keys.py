@@ -160,10 +160,7 @@ _REFUSED = {
 }
 
 _DATASET_REFUSED = {
-    "not available; only whole turns of roles_to_train are trained": """train_on_eot
-        message_field_training message_field_training_detail""",
-    "not available; leave it out": """field_tools split_thinking temperature
-        logprobs_field""",
+    "not available; leave it out": "temperature logprobs_field",
     "not available; use split, for instance train[:10%]": "shards shards_idx preprocess_shards",
     "no code of others is ever run": "trust_remote_code input_transform",
     "not available; use type: chat_template and message_property_mappings": """conversation

@@ -105,6 +105,12 @@ def _spec(entry: DatasetConfig) -> DatasetSpec:
         roles=entry.roles,
         roles_to_train=entry.roles_to_train,
         train_on_eos=entry.train_on_eos,
+        train_on_eot=entry.train_on_eot,
+        message_field_training=entry.message_field_training,
+        message_field_training_detail=entry.message_field_training_detail,
+        field_tools=entry.field_tools,
+        split_thinking=entry.split_thinking,
+        template_thinking_key=entry.template_thinking_key or _THINKING,
         drop_system_message=entry.drop_system_message,
         chat_template=entry.chat_template_jinja or entry.chat_template,
     )

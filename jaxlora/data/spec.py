@@ -19,6 +19,8 @@ DEFAULT_ROLES: dict[str, tuple[str, ...]] = {
     "tool": ("tool",),
 }
 
+_UNSET = {"train_on_eos": (), "train_on_eot": (None,)}
+
 
 @dataclass(frozen=True)
 class DatasetSpec:
@@ -41,6 +43,12 @@ class DatasetSpec:
     roles: Mapping[str, tuple[str, ...]] | None = None
     roles_to_train: tuple[str, ...] = ("assistant",)
     train_on_eos: Literal["all", "turn", "last", "none"] = "turn"
+    train_on_eot: Literal["all", "turn", "last", "none"] | None = None
+    message_field_training: str | None = None
+    message_field_training_detail: str | None = None
+    field_tools: str = "tools"
+    split_thinking: bool = False
+    template_thinking_key: str = "reasoning_content"
     chat_template: str | None = None
     drop_system_message: bool = False
 
@@ -50,11 +58,12 @@ class DatasetSpec:
                 f'datasets: type "{self.type}" of {self.path} is not known; '
                 f"expected {expected_types(self.type)}"
             )
-        if self.train_on_eos not in ("all", "turn", "last", "none"):
-            raise UserError(
-                f'datasets: train_on_eos "{self.train_on_eos}" of {self.path} is not known; '
-                "expected all, turn, last or none."
-            )
+        for name in ("train_on_eos", "train_on_eot"):
+            if getattr(self, name) not in ("all", "turn", "last", "none", *_UNSET[name]):
+                raise UserError(
+                    f'datasets: {name} "{getattr(self, name)}" of {self.path} is not known; '
+                    "expected all, turn, last or none."
+                )
 
     @property
     def chat(self) -> "DatasetSpec | None":

@@ -93,6 +93,44 @@ class ChatTemplate:
         Found by rendering with placeholders and matching; None when the template changes a text by
         more than trimming or JSON quoting.
         """
+        places = self._places(full, messages, tools)
+        return None if places is None else [(i, start, stop) for i, _, start, stop in places]
+
+    def content(
+        self, full: str, messages: Sequence[Message], index: int, turn: Turn, tools: Any = None
+    ) -> tuple[int, int, int]:
+        """``(start, stop, cut)``: where the content of a message is in the rendered text.
+
+        `cut` is how many of its first characters the template leaves out.
+
+        Raises:
+            TemplateError: the content is not there as it is, or more than once.
+        """
+        content = messages[index]["content"]
+        places = self._places(full, messages, tools) or []
+        found = [place[2:] for place in places if place[:2] == (index, content)]
+        if len(found) != 1:
+            core = content.strip()
+            start = full.find(core, turn.start, turn.end)
+            if start < 0 or full.find(core, start + 1, turn.end) >= 0:
+                raise TemplateError(
+                    f"the chat template rewrites message {index + 1}, so the characters to train "
+                    "on cannot be found in it"
+                )
+            found = [(start, start + len(core))]
+        start, stop = found[0]
+        cut = content.find(full[start:stop])
+        if cut < 0:
+            raise TemplateError(
+                f"the chat template quotes the content of message {index + 1}, so the characters "
+                "to train on cannot be found in it"
+            )
+        return start, stop, cut
+
+    def _places(
+        self, full: str, messages: Sequence[Message], tools: Any
+    ) -> list[tuple[int, str, int, int]] | None:
+        """``(message, text, start, stop)`` of every text of the messages, or None."""
         texts: list[tuple[int, str]] = []
         masked = [_masked(message, i, texts) for i, message in enumerate(messages)]
         try:
@@ -102,13 +140,13 @@ class ChatTemplate:
         pattern, last, owners = "", 0, []
         for match in _PLACEHOLDER.finditer(rendered):
             message, text = texts[int(match[1])]
-            owners.append(message)
+            owners.append((message, text))
             pattern += re.escape(rendered[last : match.start()]) + f"({_forms(text)})"
             last = match.end()
         whole = re.fullmatch(pattern + re.escape(rendered[last:]), full)
         if whole is None:
             return None
-        return [(owner, *whole.span(i)) for i, owner in enumerate(owners, 1)]
+        return [(*owner, *whole.span(i)) for i, owner in enumerate(owners, 1)]
 
     @cached_property
     def _writes_prompt(self) -> bool:

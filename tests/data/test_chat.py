@@ -1,7 +1,10 @@
+import json
+
 import pytest
 
 from jaxlora.core.errors import UserError
 from jaxlora.data.chat import UNSAFE, Dropped, chat, prompt_ids, template_of
+from jaxlora.data.conversation import conversation
 from jaxlora.data.encode import encode
 from jaxlora.data.spec import DatasetSpec
 from jaxlora.data.tokenizer import Encoder
@@ -19,13 +22,13 @@ EOS_TEMPLATE = (
 NO_END = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}\n{% endfor %}"
 
 
-def draft_of(tokenizer, row, template="chatml", train_on_inputs=False, **settings):
+def draft_of(tokenizer, row, template="chatml", train_on_inputs=False, eot_tokens=(), **settings):
     spec = DatasetSpec("f", "chat_template", **settings)
     return chat(
         row,
         "rows.jsonl:7",
         spec,
-        template_of(tokenizer, template),
+        template_of(tokenizer, template, eot_tokens),
         Encoder(tokenizer),
         train_on_inputs=train_on_inputs,
     )
@@ -159,6 +162,182 @@ def test_a_conversation_without_answers_trains_nothing(tokenizer):
     assert learned(tokenizer, {"messages": TALK[:2]}) == []
 
 
+def marked(index, **marks):
+    """TALK with marks on one message."""
+    return {"messages": [{**m, **(marks if i == index else {})} for i, m in enumerate(TALK)]}
+
+
+MARKS = {"message_field_training": "on", "message_field_training_detail": "parts"}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (marked(2, on=False), ["A2<|im_end|>"]),
+        (marked(1, on=True), ["Q1<|im_end|>", "A1<|im_end|>", "A2<|im_end|>"]),
+        (marked(2, on=None), ["A1<|im_end|>", "A2<|im_end|>"]),
+        (marked(2, on=0), ["A2<|im_end|>"]),
+        (
+            marked(2, parts=[{"begin_offset": 1, "end_offset": 1, "train": True}]),
+            ["1<|im_end|>", "A2<|im_end|>"],
+        ),
+        (
+            marked(2, parts=[{"begin_offset": 0, "end_offset": 0, "train": True}]),
+            ["A", "<|im_end|>", "A2<|im_end|>"],
+        ),
+        (
+            marked(2, parts=[{"begin_offset": 0, "end_offset": 1, "train": False}]),
+            ["A2<|im_end|>"],
+        ),
+        (
+            marked(2, on=False, parts=[{"begin_offset": 0, "end_offset": 0, "train": True}]),
+            ["A2<|im_end|>"],
+        ),
+        (
+            marked(1, parts=[{"begin_offset": 0, "end_offset": 0, "train": True}]),
+            ["Q", "<|im_end|>", "A1<|im_end|>", "A2<|im_end|>"],
+        ),
+    ],
+)
+def test_messages_say_what_of_them_is_trained(tokenizer, row, expected):
+    assert learned(tokenizer, row, **MARKS) == expected
+
+
+@pytest.mark.parametrize("key", ["train", "weight"])
+def test_parts_of_a_content_say_whether_they_are_trained(tokenizer, key):
+    parts = [
+        {"type": "text", "text": "no ", key: 0},
+        {"type": "text", "text": "yes", key: 1},
+        {"type": "text", "text": " role"},
+    ]
+    row = {"messages": [TALK[1], {"role": "assistant", "content": parts}]}
+    assert learned(tokenizer, row) == ["yes role<|im_end|>"]
+    row = {"messages": [{"role": "user", "content": parts}, TALK[2]]}
+    assert learned(tokenizer, row) == ["yes", "<|im_end|>", "A1<|im_end|>"]
+
+
+def test_offsets_count_in_the_content_that_the_template_trims(tokenizer):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ m['content'] | trim }}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    )
+    parts = [{"begin_offset": 2, "end_offset": 3, "train": True}]
+    answer = {"role": "assistant", "content": "  abcb ", "parts": parts}
+    row = {"messages": [TALK[1], answer]}
+    assert learned(tokenizer, row, template, **MARKS) == ["ab", "<|im_end|>"]
+
+
+def test_marks_go_before_train_on_inputs(tokenizer):
+    row = marked(2, on=False)
+    expected = ["S<|im_end|>", "Q1<|im_end|>", "Q2<|im_end|>", "A2<|im_end|>"]
+    assert learned(tokenizer, row, train_on_inputs=True, **MARKS) == expected
+
+
+def test_marks_are_not_seen_by_the_template(tokenizer):
+    row = marked(2, on=True, parts=[])
+    spec = DatasetSpec("f", "chat_template", **MARKS)
+    assert conversation(row, "f:1", spec).messages == TALK
+
+
+BOTH = (
+    "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}"
+    "{{ '<x>' if m['role'] == 'assistant' and not loop.last else eos_token }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ["A1<x>", "A2</s>"]),
+        ({"train_on_eot": "none"}, ["A1", "A2</s>"]),
+        ({"train_on_eot": "turn", "train_on_eos": "none"}, ["A1<x>", "A2"]),
+        ({"train_on_eot": "last", "train_on_eos": "last"}, ["A1", "A2</s>"]),
+        ({"train_on_eot": "none", "train_on_eos": "all"}, ["</s>", "</s>", "A1", "</s>", "A2</s>"]),
+        ({"train_on_eot": "all", "train_on_eos": "none"}, ["A1<x>", "A2"]),
+    ],
+)
+def test_ends_of_turns_and_of_texts_are_trained_apart(tokenizer, settings, expected):
+    found = learned(tokenizer, {"messages": TALK}, BOTH, eot_tokens=("<x>",), **settings)
+    assert found == expected
+
+
+def test_without_eot_tokens_the_eos_token_is_both(tokenizer):
+    row = {"messages": TALK}
+    settings = {"train_on_eos": "none", "train_on_eot": "turn"}
+    assert learned(tokenizer, row, EOS_TEMPLATE, **settings) == ["A1</s>", "A2</s>"]
+    with pytest.raises(UserError, match="differ, but eot_tokens holds the eos_token </s>"):
+        learned(tokenizer, row, EOS_TEMPLATE, eot_tokens=("</s>",), **settings)
+
+
+def test_roles_to_train_may_be_the_files_own_words(tokenizer):
+    row = {"messages": [{"role": "human", "content": "Q"}, {"role": "gpt", "content": "A"}]}
+    assert learned(tokenizer, row, roles_to_train=("gpt",)) == ["A<|im_end|>"]
+
+
+def test_given_roles_replace_the_usual_ones(tokenizer):
+    """As in Axolotl: a word that the mapping lacks is a role of its own."""
+    row = {"messages": [{"role": "me", "content": "Q"}, {"role": "gpt", "content": "A"}]}
+    assert learned(tokenizer, row, roles={"user": ("me",)}) == []
+    assert learned(tokenizer, row, roles={"user": ("me",)}, roles_to_train=("gpt",)) == [
+        "A<|im_end|>"
+    ]
+
+
+def test_a_column_system_is_the_first_message(tokenizer):
+    messages = TALK[1:3]
+
+    def text(row, **settings):
+        return draft_of(tokenizer, row, **settings).text
+
+    expected = text({"messages": [{"role": "system", "content": "own"}, *messages]})
+    assert text({"messages": messages, "system": "own"}) == expected
+    assert text({"messages": messages, "system": "own"}, drop_system_message=True) == text(
+        {"messages": messages}
+    )
+    assert text({"messages": TALK, "system": "own"}) == text({"messages": TALK})
+
+
+THINKER = (
+    "{% for m in messages %}[{{ m['role'] }}]"
+    "{% if m['reasoning_content'] %}({{ m['reasoning_content'] }}){% endif %}"
+    "{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("<think>\nwhy\n</think>\n\nbecause", "(why)because</s>"),
+        ("<reasoning>why</reasoning>because", "(why)because</s>"),
+        (
+            "<|begin_of_thought|>why<|end_of_thought|>"
+            "<|begin_of_solution|> because <|end_of_solution|>",
+            "(why)because</s>",
+        ),
+        ("</think>no<think>", "</think>no<think></s>"),
+        ("plain", "plain</s>"),
+    ],
+)
+def test_thinking_is_split_from_an_answer(tokenizer, content, expected):
+    row = {"messages": [TALK[1], {"role": "assistant", "content": content}]}
+    assert learned(tokenizer, row, THINKER, split_thinking=True) == [expected]
+
+
+def test_json_text_of_tools_and_calls_is_read(tokenizer):
+    template = (
+        "{{ tools[0]['function']['parameters']['type'] }}{% for m in messages %}[{{ m['role'] }}]"
+        "{% if m['tool_calls'] %}{{ m['tool_calls'][0]['function']['arguments'] | tojson }}"
+        "{% endif %}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    call = {"function": {"name": "f", "arguments": '{"x": 1}'}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": '{"type": "object"}'}}]
+    messages = [TALK[1], {"role": "assistant", "tool_calls": [call]}]
+    for given in (tools, json.dumps(tools)):
+        row = {"messages": messages, "functions": given}
+        draft = draft_of(tokenizer, row, template, field_tools="functions")
+        assert draft.text == 'object[user]</s>[assistant]{"x": 1}</s>'
+
+
 U = TALK[1]
 BAD = {
     "other column": ({"conversations": []}, 'needs the column "messages"; columns found: conv'),
@@ -171,6 +350,25 @@ BAD = {
     "number content": ({"messages": [{"role": "user", "content": 3}]}, '"content" is int'),
     "surrogate": ({"messages": [{"role": "user", "content": "\ud800"}]}, "surrogate"),
     "tools": ({"messages": TALK, "tools": "{"}, '"tools" is not valid JSON'),
+    "training": (marked(2, on="yes"), 'message 3: "on" is yes; expected true or false'),
+    "detail": (marked(2, parts="x"), 'message 3: "parts" is str; expected a list'),
+    "detail entry": (marked(2, parts=[{"train": 1}]), "entry 1 must be an object with begin_off"),
+    "detail range": (
+        marked(2, parts=[{"begin_offset": 0, "end_offset": 2, "train": True}]),
+        "entry 1 has the offsets 0 and 2; expected two characters of a content of 2",
+    ),
+    "weight": (
+        {"messages": [{"role": "user", "content": [{"text": "a", "weight": 0.5}]}]},
+        "train or weight of part 1 is 0.5",
+    ),
+    "part text": (
+        {"messages": [{"role": "user", "content": [{"type": "image", "train": True}]}]},
+        "part 1 of a content with training flags has no text",
+    ),
+    "arguments": (
+        {"messages": [{"role": "user", "tool_calls": [{"function": {"arguments": "{"}}]}]},
+        "message 1: a tool call has arguments that are not valid JSON",
+    ),
     "tools kind": ({"messages": TALK, "tools": "[1]"}, "must be a list of objects"),
 }
 
@@ -179,7 +377,7 @@ BAD = {
 def test_a_bad_row_is_named(tokenizer, case):
     row, message = BAD[case]
     with pytest.raises(UserError, match=message) as error:
-        draft_of(tokenizer, row)
+        draft_of(tokenizer, row, **MARKS)
     assert str(error.value).startswith("rows.jsonl:7:")
     assert "\n" not in str(error.value)
 
