@@ -88,8 +88,8 @@ def _save_tokenizer(config: Config, model: Model, folder: Path) -> None:
         model.tokenizer.chat_template = template_text(model.tokenizer, choice)
     model.tokenizer.save_pretrained(str(folder))
     special = config.special_tokens.model_dump(exclude_none=True)
-    ids = {f"{name}_id": getattr(model.tokenizer, f"{name}_id", None) for name in special}
-    ids = {name: ids[name] for name in _GENERATION_IDS if ids.get(name) is not None}
+    named = [name for name in _GENERATION_IDS if name.removesuffix("_id") in special]
+    ids = {name: int(getattr(model.tokenizer, name)) for name in named}
     if ids and task_of(model.cfg) == NEXT_TOKEN:
         content = json.dumps(_generation(model.folder, ids), indent=2) + "\n"
         (folder / GENERATION_FILE).write_text(content, encoding="utf-8")
