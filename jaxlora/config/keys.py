@@ -82,6 +82,7 @@ _NO_OP = {
         sample_packing_seq_len_multiplier sample_packing_mp_start_method max_packed_sequence_len
         pretrain_multipack_attn pretrain_multipack_buffer_size streaming_multipack_buffer_size
         multipack_real_batches batch_flattening pad_to_multiple_of""",
+    "the data are tokenized whole before training, and not streamed": "streaming",
     "data is tokenized once and read from a memory map": """remove_unused_columns dataset_processes
         dataset_num_proc dataset_keep_in_memory dataloader_pin_memory dataloader_num_workers
         dataloader_prefetch_factor dataloader_drop_last num_dataset_shards_to_save
@@ -134,9 +135,6 @@ _REFUSED = {
         dsv4_fp8_nonexpert_mode dsv4_bf16_all llama4_linearized_experts""",
     "context parallelism is not available; raise mesh.fsdp and use remat": """context_parallel_size
         sequence_parallel_degree""",
-    "not available; the data are tokenized before training": "streaming",
-    "not available; remove duplicates or short rows from the file": """dataset_exact_deduplication
-        min_sample_len""",
     "not available; use split, for instance train[:10%]": "dataset_shard_num dataset_shard_idx",
     "not available; sample_packing wastes less": "group_by_length",
     "not available; train their rows: peft_trainable_token_indices": "fix_untrained_tokens",

@@ -41,7 +41,8 @@ def _tokens(config: Config) -> Iterator[Problem]:
 
 def _data(config: Config) -> Iterator[Problem]:
     if not config.datasets and not config.pretraining_dataset:
-        yield Problem(("datasets",), "at least one entry {path: ..., type: ...} is required")
+        text = "at least one entry {path: ..., type: ...} is required"
+        yield Problem(("datasets",), text, ("pretraining_dataset",))
     if config.val_set_size > 1 and config.val_set_size != int(config.val_set_size):
         yield Problem(("val_set_size",), "expected a share below 1 or a whole number of rows")
     if config.val_set_size and config.test_datasets:

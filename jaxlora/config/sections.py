@@ -146,6 +146,10 @@ class DataKeys(Section):
     """Jinja text or file, with `chat_template: jinja`."""
     eot_tokens: tuple[Text, ...] = ()
     """Tokens that end a turn of the chat template, where they are not the tokenizer's EOS."""
+    dataset_exact_deduplication: Flag = False
+    """Leaves out rows whose tokens an earlier row has; of held-out sets those of training too."""
+    min_sample_len: Natural = 0
+    """Leaves out examples with fewer tokens."""
     train_on_inputs: Flag = False
     """Trains the prompts too."""
     sequence_len: Annotated[Whole, Field(ge=2, le=10_000_000)] = 512

@@ -84,6 +84,8 @@ def data_options(config: Config) -> DataOptions:
         chat_template=config.chat_template_jinja or config.chat_template,
         eot_tokens=config.eot_tokens,
         shuffle=config.shuffle_merged_datasets,
+        min_sample_len=config.min_sample_len,
+        deduplicate=config.dataset_exact_deduplication,
     )
 
 

@@ -1,6 +1,7 @@
 """From data set entries to tokens on disk, with an account of every row."""
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ from jaxlora.data.tokenizer import Encoder, template_text, tokenizer_digest
 
 # Rows encoded at once: enough for every core, little enough to hold.
 _CHUNK = 1000
-TOO_LONG, NOTHING_TRAINED, EMPTY = "longer than sequence_len", "no trained token", "empty text"
+TOO_LONG, TOO_SHORT = "longer than sequence_len", "shorter than min_sample_len"
+NOTHING_TRAINED, EMPTY, DUPLICATE = "no trained token", "empty text", "duplicate"
 
 Draft = Draftable | Dropped
 Progress = Callable[[int, int], None]
@@ -136,6 +138,8 @@ def _fit(
     example: Example, draft: Draftable, origin: str, options: DataOptions
 ) -> tuple[list[Example], str | None]:
     limit, why = options.sequence_len, None
+    if len(example[0]) < options.min_sample_len:
+        return [], TOO_SHORT
     examples = [example]
     if isinstance(draft, Pieces) and draft.split:
         examples = cut(example, limit)
@@ -187,10 +191,11 @@ def _build(
 ) -> dict[str, Any]:
     encoder = Encoder(tokenizer)
     held_out = bool(options.val_set_size)
-    train_reports, row_of = _write(out / "train", train_specs, options, encoder, progress)
+    seen: set[bytes] | None = set() if options.deduplicate else None
+    train_reports, row_of = _write(out / "train", train_specs, options, encoder, progress, seen)
     test_reports: list[SourceReport] = []
     if test_specs:
-        test_reports, _ = _write(out / "evaluation", test_specs, options, encoder, progress)
+        test_reports, _ = _write(out / "evaluation", test_specs, options, encoder, progress, seen)
     elif held_out:
         _hold_out(out, np.array(row_of), options)
     packed = options.sample_packing
@@ -212,8 +217,12 @@ def _write(
     options: DataOptions,
     encoder: Encoder,
     progress: Progress | None,
+    seen: set[bytes] | None,
 ) -> tuple[list[SourceReport], list[int]]:
-    """Writes one table; returns the reports and the row number of each example."""
+    """Writes one table; returns the reports and the row number of each example.
+
+    `seen` collects the rows so far, to leave out those that come again.
+    """
     reports: list[SourceReport] = []
     row_of: list[int] = []
     tokens = 0
@@ -224,6 +233,8 @@ def _write(
             dropped: dict[str, int] = {}
             for _, examples, why in examples_of(spec, options, encoder):
                 read += 1
+                if seen is not None and examples and _again(examples, seen):
+                    examples, why = [], DUPLICATE
                 kept += bool(examples)
                 truncated += why == "truncated"
                 if not examples:
@@ -241,6 +252,15 @@ def _write(
             )
             refuse_nothing(reports[-1])
     return reports, row_of
+
+
+def _again(examples: list[Example], seen: set[bytes]) -> bool:
+    """Whether a row's tokens are in `seen`; if not, puts them there."""
+    parts = (part.tobytes() for example in examples for part in example)
+    mark = hashlib.blake2b(b"".join(parts), digest_size=16).digest()
+    found = mark in seen
+    seen.add(mark)
+    return found
 
 
 def _hold_out(out: Path, row_of: np.ndarray, options: DataOptions) -> None:

@@ -86,7 +86,8 @@ def expected_types(given: str) -> str:
 class DataOptions:
     """How rows of every data set become examples; lengths are in tokens.
 
-    `val_set_size` below 1 is the share of the rows held out, from 1 on their number.
+    `val_set_size` below 1 is the share of the rows held out, from 1 on their number. `deduplicate`
+    leaves out rows whose tokens an earlier row has, in held-out data those of training data too.
     """
 
     sequence_len: int
@@ -101,6 +102,8 @@ class DataOptions:
     chat_template: str | None = None
     eot_tokens: tuple[str, ...] = field(default=())
     shuffle: bool = True
+    min_sample_len: int = 0
+    deduplicate: bool = False
 
     def __post_init__(self) -> None:
         if self.sequence_len < 2:

@@ -125,9 +125,12 @@ def test_data_options_reach_the_data_floor():
     extra = {"sequence_len": 64, "train_on_inputs": True, "sample_packing": True, "seed": 3}
     extra |= {"val_set_size": 0.1, "excess_length_strategy": "raise", "eot_tokens": ["<e>"]}
     extra |= {"dataset_prepared_path": "p", "chat_template": "chatml"}
+    extra |= {"min_sample_len": 4}
     options = data_options(load_config(MINIMAL | extra | {"shuffle_merged_datasets": False}))
     for key, value in (extra | {"eot_tokens": ("<e>",)}).items():
         assert getattr(options, key) == value, key
     assert options.pad_to_sequence_len
     assert options.eval_sample_packing
     assert not options.shuffle
+    assert not options.deduplicate
+    assert data_options(load_config(MINIMAL | {"dataset_exact_deduplication": True})).deduplicate

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from jaxlora.core.errors import UserError
-from jaxlora.data.prepare import EMPTY, NOTHING_TRAINED, TOO_LONG, prepare
+from jaxlora.data.prepare import (
+    DUPLICATE,
+    EMPTY,
+    NOTHING_TRAINED,
+    TOO_LONG,
+    TOO_SHORT,
+    prepare,
+)
 from jaxlora.data.spec import DataOptions, DatasetSpec
 
 SEGMENTS = {"type": "input_output"}
@@ -52,6 +59,31 @@ def test_tables_and_report(tokenizer, tmp_path, options):
     assert (train.examples, train.tokens, train.trained_tokens, train.longest) == (4, 28, 15, 7)
     assert train.packing_efficiency is None
     assert isinstance(prepared.train.tokens, np.memmap)
+
+
+def test_rows_that_come_again_are_left_out_of_both_tables(tokenizer, tmp_path, options):
+    numbers = {"a": [0, 1, 0], "b": [1, 2], "t": [2, 3, 3]}
+    a, b, t = (
+        DatasetSpec(write(tmp_path / f"{name}.jsonl", map(segment_row, rows)), **SEGMENTS)
+        for name, rows in numbers.items()
+    )
+    options = dataclasses.replace(options, deduplicate=True)
+    prepared = prepare([a, b], [t], options, tokenizer)
+    assert texts(prepared.train, tokenizer) == ["0000aaa", "0001aaa", "0002aaa"]
+    assert texts(prepared.evaluation, tokenizer) == ["0003aaa"]
+    reports = (*prepared.report.train_sources, *prepared.report.test_sources)
+    assert [report.dropped for report in reports] == [{DUPLICATE: n} for n in (1, 1, 2)]
+    assert all(report.kept + sum(report.dropped.values()) == report.read for report in reports)
+
+
+def test_short_examples_are_left_out_and_counted(tokenizer, tmp_path, options):
+    rows = [segment_row(0), segment_row(1, answer=9)]
+    spec = DatasetSpec(write(tmp_path / "a.jsonl", rows), **SEGMENTS)
+    longest = int(prepare([spec], [], options, tokenizer).train.lengths.max())
+    longer = dataclasses.replace(options, min_sample_len=longest)
+    prepared = prepare([spec], [], longer, tokenizer)
+    assert len(prepared.train) == 1
+    assert prepared.report.train_sources[0].dropped == {TOO_SHORT: 1}
 
 
 @pytest.mark.parametrize(
