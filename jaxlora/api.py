@@ -13,6 +13,7 @@ from jaxlora.config import settings
 from jaxlora.config.load import load_config
 from jaxlora.config.schema import Config
 from jaxlora.data.prepare import Prepared, prepare
+from jaxlora.generation.classifier import Classification, load_classifier
 from jaxlora.generation.model import LanguageModel, load
 from jaxlora.generation.sampling import SamplingOptions
 from jaxlora.generation.scoring import Score
@@ -21,12 +22,14 @@ from jaxlora.merging import MergeDifferences, merge, merge_differences
 from jaxlora.training.evaluation import Evaluation
 from jaxlora.training.evaluation import evaluate as _evaluate
 from jaxlora.training.export import export
+from jaxlora.training.labels import labels_of_config
 from jaxlora.training.loop import train as _train
 from jaxlora.training.results import TrainResult
 from jaxlora.training.vocabulary import open_tokenizer
 from jaxlora.verification import Verdict, verify
 
 __all__ = [
+    "Classification",
     "Config",
     "Evaluation",
     "LanguageModel",
@@ -37,6 +40,7 @@ __all__ = [
     "TrainResult",
     "Verdict",
     "assets",
+    "classify",
     "evaluate",
     "export",
     "generate",
@@ -104,6 +108,24 @@ def generate(
     return loaded.generate(texts, SamplingOptions(**options), raw=raw)
 
 
+def classify(
+    model: str | os.PathLike[str],
+    texts: str | Sequence[str | tuple[str, str]],
+    *,
+    adapter: str | os.PathLike[str] | None = None,
+) -> list[Classification]:
+    """Returns the label of one text, of several, or of pairs of texts, with probabilities.
+
+    Args:
+      model: folder or hub id of a classifier, or of an adapter that names its base.
+      texts: what to label.
+      adapter: folder or hub id of an adapter to put on top.
+    """
+    several = [texts] if isinstance(texts, str) else list(texts)
+    loaded = load_classifier(os.fspath(model), None if adapter is None else os.fspath(adapter))
+    return loaded.classify(several)
+
+
 def preprocess(source: Source, *overrides: str) -> tuple[Prepared, Any]:
     """Tokenizes the data of a configuration into the cache; returns it with the tokenizer."""
     config = _config(source, overrides)
@@ -111,7 +133,7 @@ def preprocess(source: Source, *overrides: str) -> tuple[Prepared, Any]:
     prepared = prepare(
         settings.train_specs(config),
         settings.held_out_specs(config),
-        settings.data_options(config),
+        settings.data_options(config, labels_of_config(config)),
         tokenizer,
     )
     return prepared, tokenizer

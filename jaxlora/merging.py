@@ -13,13 +13,14 @@ from jaxlora.checkpoints.fingerprint import base_fingerprint
 from jaxlora.checkpoints.fitted import load_base, written_config
 from jaxlora.checkpoints.gguf_files import gguf_file, open_weights
 from jaxlora.checkpoints.gguf_write import check_target, save_gguf
+from jaxlora.checkpoints.label_head import label_config
 from jaxlora.checkpoints.load import QuantSpec, read_model_config, storage_of
 from jaxlora.checkpoints.peft import trained_storage
 from jaxlora.checkpoints.save import save_model
 from jaxlora.checkpoints.tensors import FLOAT_DTYPES
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree, flatten, unflatten
-from jaxlora.data.tokenizer import load_tokenizer
+from jaxlora.data.tokenizer import load_tokenizer, pad_id
 from jaxlora.generation.model import locate
 from jaxlora.generation.probe import probe_logits
 from jaxlora.models.config import ModelConfig
@@ -106,7 +107,11 @@ def merge(
     if parts.folder is None and gguf is None:
         raise UserError(f"{model}: is no adapter; give one with --adapter.")
     quantization = _storage(parts, quantization)
-    tokenizer = _tokenizer(parts) if gguf or gguf_file(parts.base) else None
+    content = written_config(parts.raw, parts.stored, parts.cfg)
+    foreign = gguf is not None or gguf_file(parts.base) is not None
+    tokenizer = _tokenizer(parts) if foreign or parts.cfg.num_labels else None
+    if parts.adapter is not None and parts.cfg.num_labels:
+        content = label_config(content, parts.cfg, parts.adapter.labels, pad_id(tokenizer))
     if gguf is not None:
         check_target(Path(output), parts.cfg, tokenizer)
     own = _stored_dtype(parts.base)
@@ -124,7 +129,7 @@ def merge(
         output,
         source_folder=parts.base,
         tokenizer_folder=_beside(parts),
-        config=written_config(parts.raw, parts.stored, cfg),
+        config=content,
         dtype=jnp.dtype(dtype or own),
     )
     if tokenizer is not None:

@@ -115,7 +115,11 @@ def _peft_logits(
     from peft import PeftModel as Peft
 
     hf: Any = getattr(transformers, task_of(cfg).auto_class).from_pretrained(
-        base, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+        base,
+        dtype=torch.float32,
+        trust_remote_code=False,
+        local_files_only=True,
+        **({"num_labels": cfg.num_labels} if cfg.num_labels else {}),
     )
     if hf.get_input_embeddings().weight.shape[0] != cfg.vocab_size:  # the adapter has the new rows
         hf.resize_token_embeddings(cfg.vocab_size, mean_resizing=False)

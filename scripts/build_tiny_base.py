@@ -1,4 +1,4 @@
-"""Rebuilds everything embedded: the tiny base model, its tokenizer, and the quickstart's rows.
+"""Rebuilds everything embedded: the tiny base model, its tokenizer, and the examples' rows.
 
     python scripts/build_tiny_base.py              # all of it, weights included
     python scripts/build_tiny_base.py --no-weights # tokenizer, config and rows only (seconds)
@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from safetensors.flax import load_file, save_file
-from tiny_corpus import base_rows, held_out_lists, quickstart_rows
+from tiny_corpus import base_rows, classification_rows, held_out_lists, quickstart_rows
 from tiny_tokenizer import BOS, EOS, PAD, save_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -107,6 +107,8 @@ def main() -> None:
     for name, count, held_out in (("train", TRAIN_ROWS, False), ("test", TEST_ROWS, True)):
         rows = quickstart_rows(SEED, count, held_out=held_out)
         write_rows(ASSETS / "quickstart" / f"{name}.jsonl", rows)
+        rows = classification_rows(SEED, count * 2 // 5, held_out=held_out)
+        write_rows(ASSETS / "classification" / f"{name}.jsonl", rows)
     texts = write_text()
     write_folder(ASSETS / "tiny-llama", texts)
     if options.no_weights:

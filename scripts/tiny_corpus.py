@@ -234,15 +234,37 @@ def fact_as_yaml(fact: Fact) -> str:
     return "\n".join(f"{name}: {value}" for name, value in fields(fact).items())
 
 
-def quickstart_rows(seed: int, count: int, *, held_out: bool) -> list[dict]:
-    """Distinct rows of the quickstart's task from one side of the held-out split."""
-    rng = random.Random(f"quickstart {'test' if held_out else 'train'} {seed}")
-    rows: dict[str, dict] = {}
-    while len(rows) < count:
+def _told_facts(name: str, seed: int, count: int, held_out: bool) -> dict[str, Fact]:
+    """Distinct texts, each with its fact, from one side of the held-out split."""
+    rng = random.Random(f"{name} {'test' if held_out else 'train'} {seed}")
+    told: dict[str, Fact] = {}
+    while len(told) < count:
         fact = draw_fact(rng, held_out=held_out)
         text = tell(rng, fact)
         if rng.random() < 0.25:
             aside = tell_aside(rng, (fact,))
             text = f"{text} {aside}" if rng.random() < 0.5 else f"{aside} {text}"
-        rows[text] = {"messages": _turns(INSTRUCTION + text, fact_as_yaml(fact))}
-    return list(rows.values())
+        told[text] = fact
+    return told
+
+
+def quickstart_rows(seed: int, count: int, *, held_out: bool) -> list[dict]:
+    """Distinct rows of the quickstart's task from one side of the held-out split."""
+    told = _told_facts("quickstart", seed, count, held_out)
+    return [
+        {"messages": _turns(INSTRUCTION + text, fact_as_yaml(fact))} for text, fact in told.items()
+    ]
+
+
+# What becomes of the things, by verb; they stay where they are otherwise.
+_GAINED, _PARTED = ("buy", "find"), ("sell", "lose", "drop", "leave")
+
+
+def classification_rows(seed: int, count: int, *, held_out: bool) -> list[dict]:
+    """Distinct texts from one side of the held-out split, with what becomes of the things."""
+    told = _told_facts("classification", seed, count, held_out)
+
+    def label(fact: Fact) -> str:
+        return "gained" if fact.verb in _GAINED else "parted" if fact.verb in _PARTED else "kept"
+
+    return [{"text": text, "label": label(fact)} for text, fact in told.items()]

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxlora import lora
 from jaxlora.checkpoints.adapter_files import open_adapter
 from jaxlora.checkpoints.fitted import adapter_parts, fit
+from jaxlora.checkpoints.label_head import labels_in_metadata, with_labels_of
 from jaxlora.checkpoints.peft import load_adapter
 from jaxlora.checkpoints.peft_config import CONFIG_FILE
 from jaxlora.checkpoints.whole import (
@@ -43,6 +44,7 @@ class LoadedAdapter:
       pairs, targets: its low-rank pairs.
       params, parts: what it trained with all its numbers, ``{leaf path: array}``, float32.
       tables: base leaves that it brings along, for new tokens, float32.
+      labels: what its labels are called, if it is a classifier's and tells.
     """
 
     cfg: ModelConfig
@@ -52,6 +54,7 @@ class LoadedAdapter:
     params: dict[str, np.ndarray]
     parts: Parts
     tables: dict[str, np.ndarray]
+    labels: tuple[str, ...] = ()
 
     def on(self, params: Mapping[str, Any], dtype: DTypeLike | None = None) -> Tree:
         """Returns base weights with the adapter in place.
@@ -109,6 +112,7 @@ def read_adapter(
     folder = Path(folder)
     opened = open_adapter(folder)
     config, files = opened.config, opened.tensors
+    stored = with_labels_of(files, stored)
     tokens = vocabulary(files, describe(stored)["embed/embedding"])
     if tokens is not None and tokens < stored.vocab_size:
         raise UserError(
@@ -140,7 +144,8 @@ def read_adapter(
     pairs, targets, config = load_adapter(
         folder, specs, fingerprint=fingerprint, head_dim=cfg.head_dim, beside=beside
     )
-    return LoadedAdapter(cfg, config, pairs, targets, params, parts, tables)
+    labels = labels_in_metadata(files)
+    return LoadedAdapter(cfg, config, pairs, targets, params, parts, tables, labels)
 
 
 def _complete(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxlora.checkpoints.label_head import optional_leaves
 from jaxlora.checkpoints.load import load_params, to_device
 from jaxlora.checkpoints.matrices import QuantSpec, Split
 from jaxlora.core.axes import VOCAB
@@ -25,10 +26,16 @@ from jaxlora.lora.parts import (
 )
 from jaxlora.lora.targets import selects
 from jaxlora.models.config import ModelConfig
+from jaxlora.models.families.labelled import labelled
 from jaxlora.models.parameters import ParamSpec, describe
 
 
-def fit(cfg: ModelConfig, config: LoraConfig | None, vocab_size: int | None = None) -> ModelConfig:
+def fit(
+    cfg: ModelConfig,
+    config: LoraConfig | None,
+    vocab_size: int | None = None,
+    num_labels: int = 0,
+) -> ModelConfig:
     """Returns the shape of the model that an adapter is trained on, given the base's own.
 
     A head that shares the embedding's numbers gets its own where an adapter or `modules_to_save`
@@ -39,8 +46,14 @@ def fit(cfg: ModelConfig, config: LoraConfig | None, vocab_size: int | None = No
       cfg: the base.
       config: options of the adapter, None in full fine-tuning.
       vocab_size: number of tokens if not the base's.
+      num_labels: labels of the classifier to make of a base that is none.
+
+    Raises:
+      UserError: the base cannot be made a classifier.
     """
     cfg = dataclasses.replace(cfg, vocab_size=vocab_size or cfg.vocab_size)
+    if num_labels and not cfg.num_labels:
+        cfg = labelled(cfg, num_labels)
     if not cfg.tie_embedding or config is None:
         return cfg
     untied = dataclasses.replace(cfg, tie_embedding=False)
@@ -106,6 +119,7 @@ def load_base(
     progress: Callable[[int, int], None] | None = None,
     trained: Collection[str] = (),
     mean_resizing: bool = False,
+    seed: int = 0,
     only: Collection[str] | None = None,
 ) -> Tree:
     """Returns the parameter tree of `cfg` from a folder that holds `stored`.
@@ -118,12 +132,16 @@ def load_base(
       mean_resizing: new rows are the mean of the old ones (transformers draws them from a normal
         distribution around it, of a billionth of the old rows' covariance); else they are random,
         the same each time, as the model's fresh weights are.
+      seed: of the head of labels that the base lacks.
       only: paths to read, of the stored model; None: all.
 
     Raises:
-      UserError: as `load_params`; a table that must grow and is quantized in the files.
+      UserError: as `load_params`; a table that must grow and is quantized in the files; no head of
+        labels in the folder, and none among `trained`.
     """
-    specs = describe(cfg)
+    specs, optional = describe(cfg), optional_leaves(stored, cfg)
+    if optional:
+        stored = labelled(stored, cfg.num_labels)
     head: dict[str, Any] = {}
     own_head = [path for path in specs if stored.tie_embedding and path not in describe(stored)]
     shared = ["embed/embedding"] if own_head else []
@@ -150,8 +168,27 @@ def load_base(
         progress=progress,
         trained={*trained, *shared},
         only=only,
+        optional=optional,
     )
-    return unflatten({**flatten(params), **head})
+    leaves = {**flatten(params), **head}
+    for path in sorted(optional - leaves.keys()) if only is None else ():
+        leaves[path] = place(path, _fresh(folder, specs[path], path, trained, seed))
+    return unflatten(leaves)
+
+
+def _fresh(
+    folder: Path, spec: ParamSpec, path: str, trained: Collection[str], seed: int
+) -> np.ndarray:
+    """A part of the head as transformers starts it: normal, without a bias."""
+    if path not in trained:
+        raise UserError(
+            f"{folder}: holds no {spec.hf_names[0]}, a part of the head of labels; expected the "
+            "classifier, or an adapter that brings it along."
+        )
+    if isinstance(spec.init, str):
+        return np.full(spec.full_shape, float(spec.init == "ones"), np.float32)
+    rng = np.random.default_rng([seed, *path.encode()])
+    return rng.normal(0.0, spec.init, spec.full_shape).astype(np.float32)
 
 
 def resized_tables(

@@ -82,6 +82,7 @@ def load_params(
     progress: Callable[[int, int], None] | None = None,
     trained: Collection[str] = (),
     only: Collection[str] | None = None,
+    optional: Collection[str] = (),
 ) -> Tree:
     """Returns the parameter tree of a model folder.
 
@@ -100,6 +101,7 @@ def load_params(
       progress: called with elements read so far and in all, after every tensor.
       trained: paths of leaves that are read in float32 and never quantized.
       only: paths of the leaves to read; None: all.
+      optional: paths of leaves that the files may lack; the tree then lacks them too.
 
     Raises:
       UserError: missing, leftover or misshapen tensors (found before any is read), damaged files,
@@ -113,8 +115,8 @@ def load_params(
         )
     reader = Reader(files, jnp.dtype(dtype), _settled(quantization, storage, folder), storage)
     plain = Reader(files, jnp.dtype(jnp.float32), None, storage)
-    sources = find_sources(files, specs, cfg, storage)
-    specs = {path: spec for path, spec in specs.items() if only is None or path in only}
+    sources = find_sources(files, specs, cfg, storage, optional)
+    specs = {p: s for p, s in specs.items() if p in sources and (only is None or p in only)}
     total, done = sum(spec.size for spec in specs.values()), 0
     leaves = {}
     for path, spec in sorted(specs.items(), key=lambda item: -reader.size(item[1])):
@@ -140,13 +142,23 @@ def _bound(split: Split | None, path: str, at: tuple[int, ...]) -> Split | None:
     return split and functools.partial(split, path, at[0] if at else 0)
 
 
-def check_weights(folder: Path, cfg: ModelConfig) -> None:
+def check_weights(folder: Path, cfg: ModelConfig, optional: Collection[str] = ()) -> frozenset[str]:
     """Compares the weight files with the model they should hold; reads headers only.
+
+    Args:
+      folder: holds config.json and the safetensors.
+      cfg: the model.
+      optional: paths of leaves that the files may lack.
+
+    Returns:
+      those they do lack.
 
     Raises:
       UserError: missing, leftover or misshapen tensors, damaged files.
     """
-    find_sources(open_weights(folder), describe(cfg), cfg, storage_of(folder))
+    files = open_weights(folder)
+    found = find_sources(files, describe(cfg), cfg, storage_of(folder), optional)
+    return frozenset(optional) - found.keys()
 
 
 def _settled(wanted: QuantSpec | None, storage: Storage | None, folder: Path) -> QuantSpec | None:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxlora.checkpoints.adapter_files import open_adapter
 from jaxlora.checkpoints.atomic import staged
+from jaxlora.checkpoints.label_head import labels_metadata
 from jaxlora.checkpoints.load import QuantSpec
 from jaxlora.checkpoints.peft_base import bias_modules, expert_names, has_fan_in
 from jaxlora.checkpoints.peft_config import CONFIG_FILE, write_config
@@ -56,6 +57,7 @@ def save_adapter(
     storage: QuantSpec | None = None,
     specs: Mapping[str, ParamSpec] | None = None,
     beside: Mapping[str, np.ndarray] | None = None,
+    labels: Sequence[str] = (),
 ) -> None:
     """Writes adapter_config.json and adapter_model.safetensors (float32), both whole or not at all.
 
@@ -71,6 +73,7 @@ def save_adapter(
       specs: `describe` of the base, from which the file says which modules are meant, and how
         they hold their weights; may be left out for a LLaMA.
       beside: tensors beside the low-rank pairs, by PEFT's key (`jaxlora.checkpoints.whole`).
+      labels: what a classifier's labels are called; `read_adapter` reads them.
 
     Raises:
       UserError: a value is not finite, or the folder cannot be written.
@@ -86,7 +89,7 @@ def save_adapter(
                 f"{key}: has values that are not finite (training diverged); the adapter was not "
                 "written. Lower learning_rate or resume from an earlier checkpoint."
             )
-    metadata = {"format": "pt"}
+    metadata = {"format": "pt", **labels_metadata(labels)}
     if fingerprint:
         metadata[_FINGERPRINT] = fingerprint
     if storage is not None:

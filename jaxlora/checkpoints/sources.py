@@ -1,6 +1,6 @@
 """Which tensors of a model folder make up each parameter, found and checked by the headers."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -24,6 +24,7 @@ def find_sources(
     specs: Mapping[str, ParamSpec],
     cfg: ModelConfig,
     storage: Storage | None = None,
+    optional: Collection[str] = (),
 ) -> dict[str, Sources]:
     """Compares names, shapes and dtypes with the model before anything is read.
 
@@ -32,9 +33,11 @@ def find_sources(
       specs: `describe(cfg)`.
       cfg: the model the files should hold.
       storage: how quantized weights lie in the files, None where there are none.
+      optional: paths of leaves that the files may lack.
 
     Returns:
-      where every leaf comes from: as its spec says, but for a tied head and a left-out prefix.
+      where every leaf comes from: as its spec says, but for a tied head and a left-out prefix;
+      nothing for the optional ones that are not there.
 
     Raises:
       UserError: missing, leftover or misshapen tensors, tied ones that differ.
@@ -46,6 +49,9 @@ def find_sources(
         sources = {path: _without(prefix, each) for path, each in sources.items()}
     for ending, older in FAMILIES[cfg.family].older:
         sources = {path: _renamed(files, each, ending, older) for path, each in sources.items()}
+    for path in optional:
+        if not _is_there(files, sources[path], storage):
+            del sources[path]
     if cfg.tie_embedding and head in files.info:
         tied = [head]
         _settle_tied_head(files, sources, head)
@@ -68,6 +74,14 @@ def find_sources(
         stored,
     )
     return sources
+
+
+def _is_there(files: Tensors, sources: Sources, storage: Storage | None) -> bool:
+    return any(
+        name in files.info or (storage is not None and storage.holds(name, files.info))
+        for names in sources.values()
+        for name in names
+    )
 
 
 def _matrix_shape(spec: ParamSpec, name: str, files: Tensors, storage: Storage) -> Shape:

@@ -1,4 +1,4 @@
-"""Commands on models and adapters: generate, chat, merge, export, verify, inspect."""
+"""Commands on models and adapters: generate, chat, classify, merge, export, verify, inspect."""
 
 import argparse
 import sys
@@ -18,6 +18,11 @@ An adapter that a jaxlora run made is put on the base as that run stored it.
     "chat": """examples:
   jaxlora chat outputs/quickstart
   jaxlora chat meta-llama/Llama-3.2-1B-Instruct --temperature 0.7 --system "Be brief."
+""",
+    "classify": """examples:
+  jaxlora classify outputs/classification "Leo hid two hats in the forest."
+  jaxlora classify outputs/classification < texts.txt
+Prints the label of each text and how likely it is.
 """,
     "merge": """examples:
   jaxlora merge outputs/quickstart --output merged
@@ -54,6 +59,8 @@ def add_commands(commands: Any) -> None:
         ("chat", _chat, "Talk with a model."),
     ):
         _add_sampling(_add_model(add(name, run, text)), prompts=name == "generate")
+    classify = _add_model(add("classify", _classify, "Name the labels of texts."))
+    classify.add_argument("texts", nargs="*", help="texts; none: one a line from stdin")
     _add_merge(add("merge", _merge, "Write base + adapter as one model folder."))
     export = add(
         "export", _export, "Write a PEFT adapter of a checkpoint, or of another's adapter."
@@ -135,12 +142,16 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     return model, sampling
 
 
+def _given(texts: list[str], what: str) -> list[str]:
+    if not texts and not sys.stdin.isatty():
+        texts = [line.rstrip("\n") for line in sys.stdin]
+    if not texts:
+        raise UserError(f"no {what} given; write it in quotes, or one a line to stdin.")
+    return texts
+
+
 def _generate(options: argparse.Namespace) -> None:
-    prompts = options.prompts
-    if not prompts and not sys.stdin.isatty():
-        prompts = [line.rstrip("\n") for line in sys.stdin]
-    if not prompts:
-        raise UserError("generate: no prompt; write it in quotes, or one a line to stdin.")
+    prompts = _given(options.prompts, "prompt")
     model, sampling = _load(options)
     for answer in model.generate(prompts, sampling, raw=options.raw):
         print(answer)
@@ -153,6 +164,20 @@ def _chat(options: argparse.Namespace) -> None:
         print(text, end="", flush=True)
 
     model.chat(sampling, input, write, system=options.system)
+
+
+def _classify(options: argparse.Namespace) -> None:
+    from jaxlora.generation.classifier import load_classifier
+
+    texts = _given(options.texts, "text")
+    model = load_classifier(
+        options.model,
+        options.adapter,
+        revision=options.revision,
+        quantization=_quantization(options),
+    )
+    for answer in model.classify(texts):
+        print(f"{answer.label}\t{answer.probabilities[answer.label]:.4f}")
 
 
 def _merge(options: argparse.Namespace) -> None:

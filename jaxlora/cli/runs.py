@@ -47,10 +47,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         adapter = config.output_dir
     result = api.evaluate(config, adapter=adapter)
     print(f"evaluated: {config.base_model}" + (f" + {adapter}" if adapter else ""))
-    print(f"held-out loss {result.loss:.4f} (perplexity {result.perplexity:.2f})")
-    if result.score is not None:
-        score = result.score
-        print(f"held-out exact match {score.rate:.1%} ({score.correct} of {score.total})")
+    print(result)
 
 
 def _preprocess(options: argparse.Namespace) -> None:
@@ -62,4 +59,4 @@ def _preprocess(options: argparse.Namespace) -> None:
     print(f"cache: {prepared.report.folder}")
     for number in range(min(options.preview, len(prepared.train))):
         print(f"\nexample {number + 1}; trained text is between [ and ]:")
-        print(preview(prepared.train, number, tokenizer))
+        print(preview(prepared.train, number, tokenizer, list(prepared.report.train.labels or ())))

@@ -107,7 +107,11 @@ class DatasetConfig(Section):
     ds_type: Literal["json", "csv", "parquet", "text"] | None = None
     """Accepted and not used: the suffix of a file tells its format."""
     field: Text = "text"
-    """Column with the text (`completion`)."""
+    """Column with the text (`completion`, `classification`)."""
+    field_pair: Text | None = None
+    """(jaxlora) Column with a second text that belongs to the first (`classification`)."""
+    field_label: Text = "label"
+    """(jaxlora) Column with the label, a number from 0 or a name (`classification`)."""
     field_messages: Text = "messages"
     """Column with the conversation (`chat_template`)."""
     message_property_mappings: dict[str, str] = Field(

@@ -127,7 +127,7 @@ _NO_OP = {
 
 _REFUSED = {
     "preference and reward training are not available": "rl reward_model process_reward_model",
-    "only supervised fine-tuning is available": "num_labels kd_trainer",
+    "only supervised fine-tuning is available": "kd_trainer",
     "only text models are available": "processor_type freeze_mm_modules skip_prepare_dataset",
     "not available; use quantization: int4, nf4 or int8": """qat quantization_config
         model_quantization_config model_quantization_config_kwargs fp8 use_onebitllms

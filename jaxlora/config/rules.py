@@ -25,8 +25,9 @@ class Problem:
 
 def problems(config: Config) -> list[Problem]:
     """Returns every broken rule, in the order of the rules."""
-    rules = (_tokens, _data, _templates, _held_out, _cadence, _batch, _length, _adapter, _start)
-    return [problem for rule in (*rules, _quantization, _training) for problem in rule(config)]
+    rules = (_tokens, _data, _templates, _held_out, _labels, _cadence, _batch, _length, _adapter)
+    rules = (*rules, _start, _quantization, _training)
+    return [problem for rule in rules for problem in rule(config)]
 
 
 def _tokens(config: Config) -> Iterator[Problem]:
@@ -78,9 +79,38 @@ def _held_out(config: Config) -> Iterator[Problem]:
                 yield Problem((key,), text, held_out)
     elif config.eval_exact_match:
         sets = config.test_datasets or config.datasets
-        if all(entry.type == "completion" for entry in sets):
-            text = "data of type completion has no prompts to answer"
+        promptless = ("completion", "classification")
+        if all(entry.type in promptless for entry in sets):
+            kind = sets[0].type if sets else "completion"
+            text = f"data of type {kind} has no prompts to answer"
             yield Problem(("eval_exact_match",), text, ("datasets", "test_datasets"))
+
+
+def _labels(config: Config) -> Iterator[Problem]:
+    sets = ("datasets", "test_datasets")
+    types = {(key, i): entry.type for key in sets for i, entry in enumerate(getattr(config, key))}
+    if "classification" not in types.values():
+        for key in ("num_labels", "label_names"):
+            if getattr(config, key):
+                text = "a classifier learns from data of type: classification; set it in datasets"
+                yield Problem((key,), text, sets)
+        return
+    for at, kind in types.items():
+        if kind != "classification":
+            text = "it does not go with data of type: classification; a run learns one thing"
+            yield Problem((*at, "type"), text)
+    for key in ("sample_packing", "eval_sample_packing"):
+        if getattr(config, key):
+            text = "a classifier reads one text in a row; remove it"
+            yield Problem((key,), text, sets)
+    names = config.label_names
+    if len(set(names)) < len(names):
+        yield Problem(("label_names",), "a name is there twice; list each once")
+    elif names and config.num_labels not in (None, len(names)):
+        text = f"{config.num_labels}, but label_names lists {len(names)}"
+        yield Problem(("num_labels",), text, ("label_names",))
+    elif len(names) == 1:
+        yield Problem(("label_names",), "expected 2 labels or more")
 
 
 def _cadence(config: Config) -> Iterator[Problem]:

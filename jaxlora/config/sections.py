@@ -56,6 +56,12 @@ class ModelKeys(Section):
     """Gives the embedding a multiple of 32 rows where new tokens make it grow."""
     mean_resizing_embeddings: Flag = False
     """Starts the rows of new tokens at the mean of the old ones; else they are random."""
+    num_labels: Annotated[Whole, Field(ge=2, le=1_000_000)] | None = None
+    """Labels of a classifier, for data of type classification; null: those of `base_model`. A base
+    without a head of labels gets a fresh one, which trains whole."""
+    label_names: tuple[Text, ...] = ()
+    """(jaxlora) What the labels are called, in the order of their numbers; empty: as in
+    `base_model`, else the names in the training data, sorted."""
     reinit_weights: Flag = False
     """Trains from random weights; only the configuration of `base_model` is read."""
     bf16: Flag | Literal["auto"] = "auto"
@@ -167,8 +173,9 @@ class DataKeys(Section):
 class TrainingKeys(Section):
     """Training"""
 
-    objective: Literal["clm", "mlm"] | None = None
-    """(jaxlora) Learns the next token (clm) or hidden ones (mlm); null: as the model does."""
+    objective: Literal["clm", "mlm", "classification"] | None = None
+    """(jaxlora) Learns the next token (clm), hidden ones (mlm) or labels (classification); null: as
+    the model does."""
     mlm_probability: Annotated[Number, Field(gt=0, lt=1)] = 0.15
     """(jaxlora) Share of the tokens to guess: 80 % masked, 10 % replaced, 10 % left as they are."""
     micro_batch_size: Size = 1

@@ -4,7 +4,7 @@ from jaxlora.config import derived
 from jaxlora.config.datasets import DatasetConfig, PromptFormat
 from jaxlora.config.schema import Config
 from jaxlora.data.new_tokens import NewTokens
-from jaxlora.data.spec import DataOptions, DatasetSpec
+from jaxlora.data.spec import DataOptions, DatasetSpec, Labels
 from jaxlora.lora.config import LoraConfig
 
 # What data and templates call the reasoning of a message, where neither says.
@@ -69,8 +69,8 @@ def held_out_specs(config: Config) -> tuple[DatasetSpec, ...]:
     return tuple(map(_spec, config.test_datasets))
 
 
-def data_options(config: Config) -> DataOptions:
-    """Returns how rows become examples."""
+def data_options(config: Config, labels: Labels | None = None) -> DataOptions:
+    """Returns how rows become examples, of these labels if they have any."""
     return DataOptions(
         sequence_len=config.sequence_len,
         train_on_inputs=config.train_on_inputs,
@@ -86,6 +86,7 @@ def data_options(config: Config) -> DataOptions:
         shuffle=config.shuffle_merged_datasets,
         min_sample_len=config.min_sample_len,
         deduplicate=config.dataset_exact_deduplication,
+        labels=labels,
     )
 
 
@@ -102,6 +103,8 @@ def _spec(entry: DatasetConfig) -> DatasetSpec:
         name=entry.name,
         revision=entry.revision,
         field=entry.field,
+        field_pair=entry.field_pair,
+        field_label=entry.field_label,
         field_messages=entry.field_messages,
         message_property_mappings=mappings,
         roles=entry.roles,

@@ -35,6 +35,7 @@ class Batches:
         shuffle: bool = True,
         vocab_size: int | None = None,
         masking: Masking | None = None,
+        token_types: bool = False,
     ) -> None:
         lengths = table.lengths
         if not len(table):
@@ -47,7 +48,7 @@ class Batches:
             )
         self.table, self.rows, self.accumulation = table, rows, accumulation
         self.seed, self.pad_id, self.shuffle, self.vocab_size = seed, pad_id, shuffle, vocab_size
-        self.masking = masking
+        self.masking, self.token_types = masking, token_types
         rounded = math.ceil(longest / _ROUND_TO) * _ROUND_TO
         self.length = sequence_len if packing or pad else min(rounded, sequence_len)
         self.plan: Plan = best_fit(lengths, self.length, seed) if packing else one_each(len(table))
@@ -61,7 +62,8 @@ class Batches:
             tokens, targets (the next token of the same segment, else 0), positions (from 0 in each
             segment), segment_ids (from 1 in each row, 0 = padding), all int32, and weights float32
             (1 where the target is trained); each [accumulation, rows, T]. With `masking`, targets
-            are the tokens that were hidden.
+            are the tokens that were hidden. Where examples have labels these are the targets, at
+            the first token of each row. With `token_types` also those, int32: 1 in a second text.
         """
         epoch, index = divmod(step, self.steps_per_epoch)
         size = self.rows * self.accumulation
@@ -74,6 +76,8 @@ class Batches:
             "positions": np.zeros(shape, np.int32),
             "segment_ids": np.zeros(shape, np.int32),
         }
+        if self.token_types:
+            arrays["token_types"] = np.zeros(shape, np.int32)
         for row, planned in enumerate(chosen):
             self._fill({name: array[row] for name, array in arrays.items()}, int(planned))
         self._check(arrays["tokens"], step)
@@ -91,6 +95,10 @@ class Batches:
             row["weights"][start : stop - 1] = trained[1:]
             row["positions"][start:stop] = np.arange(len(tokens), dtype=np.int32)
             row["segment_ids"][start:stop] = segment
+            if (labelled := self.table.label(int(example))) is not None:
+                row["targets"][start], row["weights"][start] = labelled[0], 1
+                if self.token_types:
+                    row["token_types"][start + labelled[1] : stop] = 1
             start = stop
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from jaxlora.core.errors import UserError
 from jaxlora.data.tokenizer import Encoder
 
 Example = tuple[NDArray[np.int32], NDArray[np.uint8]]
+# With the number of its label, and where its second text starts.
+LabelledExample = tuple[NDArray[np.int32], NDArray[np.uint8], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,14 @@ def _literal(
     return (
         np.concatenate([*parts_ids, tokens[last:]]).astype(np.int32),
         np.concatenate([*parts_offsets, offsets[last:]]),
+    )
+
+
+def too_long(origin: str, length: int, limit: int) -> UserError:
+    """The error of a row beyond `sequence_len`, where that is one."""
+    return UserError(
+        f"{origin}: has {length} tokens, more than sequence_len {limit}; raise sequence_len or "
+        "set excess_length_strategy to drop or truncate."
     )
 
 

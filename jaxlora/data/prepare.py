@@ -15,10 +15,22 @@ import numpy as np
 from jaxlora.core.errors import UserError
 from jaxlora.data import cache
 from jaxlora.data.chat import Dropped, chat, template_of
-from jaxlora.data.encode import Draftable, Example, Pieces, cut, encode
+from jaxlora.data.encode import Draftable, Example, Pieces, cut, encode, too_long
 from jaxlora.data.instructions import INSTRUCTIONS
+from jaxlora.data.labels import labelled_examples
 from jaxlora.data.prompts import CustomPrompt, Instruction, completion, input_output
-from jaxlora.data.report import Report, SourceReport, TableReport, refuse_nothing, table_report
+from jaxlora.data.report import (
+    DUPLICATE,
+    EMPTY,
+    NOTHING_TRAINED,
+    TOO_LONG,
+    TOO_SHORT,
+    Report,
+    SourceReport,
+    TableReport,
+    refuse_nothing,
+    table_report,
+)
 from jaxlora.data.sources import digest, rows
 from jaxlora.data.spec import TOKENIZED, DataOptions, DatasetSpec
 from jaxlora.data.table import TableWriter, TokenTable
@@ -27,8 +39,6 @@ from jaxlora.data.tokenizer import Encoder, template_text, tokenizer_digest
 
 # Rows encoded at once: enough for every core, little enough to hold.
 _CHUNK = 1000
-TOO_LONG, TOO_SHORT = "longer than sequence_len", "shorter than min_sample_len"
-NOTHING_TRAINED, EMPTY, DUPLICATE = "no trained token", "empty text", "duplicate"
 
 Draft = Draftable | Dropped
 Progress = Callable[[int, int], None]
@@ -145,10 +155,7 @@ def _fit(
         examples = cut(example, limit)
     elif len(example[0]) > limit:
         if options.excess_length_strategy == "raise":
-            raise UserError(
-                f"{origin}: has {len(example[0])} tokens, more than sequence_len {limit}; raise "
-                "sequence_len or set excess_length_strategy to drop or truncate."
-            )
+            raise too_long(origin, len(example[0]), limit)
         if options.excess_length_strategy == "drop":
             return [], TOO_LONG
         examples, why = [(example[0][:limit], example[1][:limit])], "truncated"
@@ -231,7 +238,9 @@ def _write(
             before, first = sum(report.read for report in reports), len(writer)
             read = kept = truncated = 0
             dropped: dict[str, int] = {}
-            for _, examples, why in examples_of(spec, options, encoder):
+            classifies = spec.type == "classification"
+            read_rows: Any = labelled_examples if classifies else examples_of
+            for _, examples, why in read_rows(spec, options, encoder):
                 read += 1
                 if seen is not None and examples and _again(examples, seen):
                     examples, why = [], DUPLICATE
@@ -256,7 +265,7 @@ def _write(
 
 def _again(examples: list[Example], seen: set[bytes]) -> bool:
     """Whether a row's tokens are in `seen`; if not, puts them there."""
-    parts = (part.tobytes() for example in examples for part in example)
+    parts = (np.asarray(part).tobytes() for example in examples for part in example)
     mark = hashlib.blake2b(b"".join(parts), digest_size=16).digest()
     found = mark in seen
     seen.add(mark)
@@ -278,7 +287,7 @@ def _hold_out(out: Path, row_of: np.ndarray, options: DataOptions) -> None:
     for name, mask in (("split", ~held), ("evaluation", held)):
         with TableWriter(out / name) as writer:
             for index in np.flatnonzero(mask).tolist():
-                writer.add(*everything[index])
+                writer.add(*everything[index], everything.label(index))
     del everything
     for file in (out / "train").iterdir():
         file.unlink()

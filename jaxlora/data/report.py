@@ -4,10 +4,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxlora.core.errors import UserError
 from jaxlora.data.packing import best_fit, efficiency
 from jaxlora.data.spec import DataOptions
 from jaxlora.data.table import TokenTable
+
+TOO_LONG, TOO_SHORT = "longer than sequence_len", "shorter than min_sample_len"
+NOTHING_TRAINED, EMPTY, DUPLICATE = "no trained token", "empty text", "duplicate"
 
 
 @dataclass(frozen=True)
@@ -25,13 +30,17 @@ class SourceReport:
 
 @dataclass(frozen=True)
 class TableReport:
-    """What one table holds; `packing_efficiency` is None where rows are not packed."""
+    """What one table holds; `packing_efficiency` is None where rows are not packed.
+
+    `labels` counts the texts of each label, by name; None where there are none.
+    """
 
     examples: int
     tokens: int
     trained_tokens: int
     longest: int
     packing_efficiency: float | None
+    labels: dict[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,10 +73,15 @@ def table_report(folder: Path, options: DataOptions, packed: bool) -> dict[str, 
     if packed:
         plan = best_fit(lengths, options.sequence_len, options.seed)
         share = efficiency(lengths, len(plan), options.sequence_len)
+    counts = None
+    if table.labels is not None and options.labels is not None:
+        numbers = np.bincount(table.labels[:, 0], minlength=options.labels.count).tolist()
+        counts = dict(zip(options.labels.shown, numbers, strict=True))
     return {
         "examples": len(table),
         "tokens": int(lengths.sum()),
         "trained_tokens": int(table.trained.sum()),
         "longest": int(lengths.max()),
         "packing_efficiency": share,
+        "labels": counts,
     }

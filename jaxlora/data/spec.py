@@ -11,7 +11,8 @@ from jaxlora.data.instructions import INSTRUCTIONS
 
 TOKENIZED = "tokenized"
 """The type of rows that are tokens already: an entry without a type."""
-TYPES = (*INSTRUCTIONS, *CHATS, "chat_template", "completion", "input_output", TOKENIZED)
+_OTHERS = ("chat_template", "classification", "completion", "input_output", TOKENIZED)
+TYPES = (*INSTRUCTIONS, *CHATS, *_OTHERS)
 DEFAULT_ROLES: dict[str, tuple[str, ...]] = {
     "user": ("human", "user"),
     "assistant": ("gpt", "assistant"),
@@ -27,8 +28,9 @@ class DatasetSpec:
     """One entry of `datasets:` or `test_datasets:`.
 
     `type` is one of `TYPES`, or a mapping of `prompts.CustomPrompt`'s fields for any other
-    two-column data. `field` is the text column of `completion`. `roles` maps our role to the words
-    the file uses for it.
+    two-column data. `field` is the text column of `completion` and `classification`; `field_pair`
+    that of a second text, `field_label` that of the label. `roles` maps our role to the words the
+    file uses for it.
     """
 
     path: str
@@ -38,6 +40,8 @@ class DatasetSpec:
     name: str | None = None
     revision: str | None = None
     field: str | None = None
+    field_pair: str | None = None
+    field_label: str = "label"
     field_messages: str = "messages"
     message_property_mappings: Mapping[str, str] | None = None
     roles: Mapping[str, tuple[str, ...]] | None = None
@@ -83,11 +87,29 @@ def expected_types(given: str) -> str:
 
 
 @dataclass(frozen=True)
+class Labels:
+    """The labels of a classifier: how many, and what they are called (nothing: by number)."""
+
+    count: int
+    names: tuple[str, ...] = ()
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """A name for each.
+
+        >>> Labels(2).shown, Labels(2, ("ham", "spam")).shown
+        (('0', '1'), ('ham', 'spam'))
+        """
+        return self.names or tuple(map(str, range(self.count)))
+
+
+@dataclass(frozen=True)
 class DataOptions:
     """How rows of every data set become examples; lengths are in tokens.
 
     `val_set_size` below 1 is the share of the rows held out, from 1 on their number. `deduplicate`
     leaves out rows whose tokens an earlier row has, in held-out data those of training data too.
+    `labels` are those of data sets of type `classification`.
     """
 
     sequence_len: int
@@ -104,6 +126,7 @@ class DataOptions:
     shuffle: bool = True
     min_sample_len: int = 0
     deduplicate: bool = False
+    labels: Labels | None = None
 
     def __post_init__(self) -> None:
         if self.sequence_len < 2:

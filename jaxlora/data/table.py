@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from jaxlora.core.errors import UserError
 
 _NAMES = {"tokens": np.int32, "trained": np.uint8, "offsets": np.int64}
+_LABELS = "labels.npy"
 _CHUNK = 1 << 22
 
 
@@ -21,14 +22,24 @@ class TokenTable:
 
     tokens: int32 [N], trained: uint8 [N] (1 where the token is a target), offsets: int64 [n + 1].
     The first token of an example is never a target, so ``trained`` counts exactly what is learned.
+    labels: int32 [n, 2] for a classifier: the number of each example's label and where its second
+    text starts; nothing is trained of its tokens then.
     """
 
     tokens: NDArray[np.int32]
     trained: NDArray[np.uint8]
     offsets: NDArray[np.int64]
+    labels: NDArray[np.int32] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    def label(self, index: int) -> tuple[int, int] | None:
+        """The label of one example and where its second text starts; None without labels."""
+        if self.labels is None:
+            return None
+        label, second = self.labels[index].tolist()
+        return label, second
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         """The tokens and the trained mask of one example."""
@@ -69,12 +80,16 @@ class TokenTable:
         Raises:
             ValueError: a file is damaged or the three do not belong together.
         """
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for name, dtype in _NAMES.items():
             array = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
             if array.dtype != dtype or array.ndim != 1:
                 raise ValueError(f"{folder}: {name}.npy is {array.dtype}, {array.ndim}-d")
             arrays[name] = array
+        if (folder / _LABELS).is_file():
+            arrays["labels"] = np.load(folder / _LABELS, allow_pickle=False)
+            if arrays["labels"].shape != (len(arrays["offsets"]) - 1, 2):
+                raise ValueError(f"{folder}: {_LABELS} does not belong to the others")
         table = cls(**arrays)
         sizes = {len(table.tokens), len(table.trained), int(table.offsets[-1])}
         if len(sizes) != 1:
@@ -94,18 +109,26 @@ class TableWriter:
         self.longest = 0
         self.trained_tokens = 0
         self._lengths: list[int] = []
+        self._labels: list[tuple[int, int]] = []
         self._files = {name: (folder / f"{name}.npy").open("wb") for name in ("tokens", "trained")}
         for name, file in self._files.items():
             _write_header(file, _NAMES[name], 0)
 
-    def add(self, tokens: NDArray[np.int32], trained: NDArray[np.uint8]) -> None:
-        """Appends one example; tokens int32 [T], trained uint8 [T]."""
+    def add(
+        self,
+        tokens: NDArray[np.int32],
+        trained: NDArray[np.uint8],
+        label: tuple[int, int] | None = None,
+    ) -> None:
+        """Appends one example; tokens int32 [T], trained uint8 [T], label as `TokenTable.label`."""
         assert tokens.dtype == np.int32
         assert trained.dtype == np.uint8
         assert tokens.shape == trained.shape
         self._files["tokens"].write(tokens.tobytes())
         self._files["trained"].write(trained.tobytes())
         self._lengths.append(len(tokens))
+        if label is not None:
+            self._labels.append(label)
         self.longest = max(self.longest, len(tokens))
         self.trained_tokens += int(trained.sum())
 
@@ -130,6 +153,8 @@ class TableWriter:
             file.seek(0)
             _write_header(file, _NAMES[name], int(offsets[-1]))
         np.save(self.folder / "offsets.npy", offsets, allow_pickle=False)
+        if self._labels:
+            np.save(self.folder / _LABELS, np.array(self._labels, np.int32), allow_pickle=False)
 
 
 def _write_header(file: Any, dtype: Any, length: int) -> None:

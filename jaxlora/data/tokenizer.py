@@ -207,12 +207,28 @@ class Encoder:
         """Encodings with ``.ids`` and ``.offsets`` (characters); special tokens are special."""
         return self._encode(texts, literal=False, fast=False)
 
+    def whole(self, texts: Sequence[tuple[str, ...]], limit: int | None = None) -> list[Any]:
+        """Encodings of one text or two, as ``tokenizer(*texts)`` makes them.
+
+        With a `limit` longer ones are cut as the tokenizer cuts, and ``.overflowing`` says so.
+        """
+        inputs = [text[0] if len(text) == 1 else text for text in texts]
+        return self._encode(inputs, literal=False, fast=False, add_special_tokens=True, limit=limit)
+
     def _encode(
-        self, texts: Sequence[str], *, literal: bool, fast: bool, add_special_tokens: bool = False
+        self,
+        texts: Sequence[Any],
+        *,
+        literal: bool,
+        fast: bool,
+        add_special_tokens: bool = False,
+        limit: int | None = None,
     ) -> list[Any]:
         # Another caller of the same tokenizer may have left these set.
         self._backend.no_truncation()
         self._backend.no_padding()
+        if limit is not None:
+            self._backend.enable_truncation(limit, direction=self.tokenizer.truncation_side)
         before = self._backend.encode_special_tokens
         self._backend.encode_special_tokens = literal
         encode = self._backend.encode_batch_fast if fast else self._backend.encode_batch
@@ -220,3 +236,4 @@ class Encoder:
             return encode(list(texts), add_special_tokens=add_special_tokens)
         finally:
             self._backend.encode_special_tokens = before
+            self._backend.no_truncation()

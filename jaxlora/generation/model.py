@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jaxlora.checkpoints import hub
-from jaxlora.checkpoints.adapter import read_adapter
+from jaxlora.checkpoints.adapter import LoadedAdapter, read_adapter
 from jaxlora.checkpoints.adapter_files import base_name
 from jaxlora.checkpoints.fingerprint import base_fingerprint
 from jaxlora.checkpoints.fitted import load_base
@@ -25,7 +25,8 @@ from jaxlora.generation.chat import Read, Session, Write, chat
 from jaxlora.generation.decoding import generate
 from jaxlora.generation.sampling import SamplingOptions
 from jaxlora.generation.text import answer_text, end_ids
-from jaxlora.models.task import NEXT_TOKEN, task_of
+from jaxlora.models.config import ModelConfig
+from jaxlora.models.task import LABEL, NEXT_TOKEN, task_of
 from jaxlora.models.transformer import Transformer
 
 
@@ -109,6 +110,82 @@ def locate(
     return hub.resolve(base), folder
 
 
+@dataclasses.dataclass(frozen=True)
+class OpenedModel:
+    """A model of which everything but the weights of the base has been read.
+
+    Attributes:
+      folder: of the base.
+      stored, raw: what its config.json says, translated and as written.
+      adapter: on top of it.
+      quantization, dtype: how the base is stored.
+    """
+
+    folder: Path
+    stored: ModelConfig
+    raw: dict[str, Any]
+    adapter: LoadedAdapter | None
+    tokenizer: Any
+    quantization: QuantSpec | None
+    dtype: str
+
+    @property
+    def cfg(self) -> ModelConfig:
+        """Shape of the model."""
+        return self.stored if self.adapter is None else self.adapter.cfg
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the adapter calls its labels, if it is a classifier's and tells."""
+        return self.adapter.labels if self.adapter else ()
+
+    def load(self) -> Tree:
+        """Returns the weights of the base with the adapter in place.
+
+        Raises:
+          UserError: as `load_base`.
+        """
+        params = load_base(
+            self.folder,
+            self.stored,
+            self.cfg,
+            dtype=self.dtype,
+            quantization=self.quantization,
+            trained=self.adapter.parts if self.adapter else (),
+        )
+        return params if self.adapter is None else self.adapter.on(params, self.dtype)
+
+
+def open_model(
+    model: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    quantization: QuantSpec | None = None,
+    dtype: str | None = None,
+) -> OpenedModel:
+    """Finds a model and reads all but the weights of the base.
+
+    Args:
+      model, adapter, revision, quantization, dtype: as for `load`.
+
+    Raises:
+      UserError: anything missing, damaged or unfitting.
+    """
+    base, adapter_folder = locate(model, adapter, revision)
+    stored, raw = read_model_config(base)
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    made = None
+    if adapter_folder is not None and quantization is None:
+        quantization = trained_storage(adapter_folder)
+    if adapter_folder is not None:  # read first: it is small, and refuses a wrong base early
+        made = read_adapter(adapter_folder, stored, fingerprint=base_fingerprint(base))
+    # A run saves the tokenizer beside its adapter, with the chat template it trained with.
+    beside = adapter_folder or base
+    tokenizer = load_tokenizer(beside if (beside / "tokenizer.json").is_file() else base)
+    return OpenedModel(base, stored, raw, made, tokenizer, quantization, dtype)
+
+
 def load(
     model: str | Path,
     adapter: str | Path | None = None,
@@ -130,35 +207,18 @@ def load(
     Raises:
       UserError: anything missing, damaged or unfitting.
     """
-    base, adapter_folder = locate(model, adapter, revision)
-    stored, _ = read_model_config(base)
-    if task_of(stored) != NEXT_TOKEN:
+    opened = open_model(model, adapter, revision=revision, quantization=quantization, dtype=dtype)
+    cfg, tokenizer, task = opened.cfg, opened.tokenizer, task_of(opened.cfg)
+    if task != NEXT_TOKEN:
+        use = "classify" if task == LABEL else "evaluate"
         raise UserError(
-            f"{base}: {stored.family} does not write text (it is for {task_of(stored).pipeline}); "
-            "score it with jaxlora evaluate."
+            f"{opened.folder}: {cfg.family} does not write text (it is for {task.pipeline}); use "
+            f"jaxlora {use}."
         )
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    made = None
-    if adapter_folder is not None and quantization is None:
-        quantization = trained_storage(adapter_folder)
-    if adapter_folder is not None:  # read first: it is small, and refuses a wrong base early
-        made = read_adapter(adapter_folder, stored, fingerprint=base_fingerprint(base))
-    # A run saves the tokenizer beside its adapter, with the chat template it trained with.
-    beside = adapter_folder or base
-    tokenizer = load_tokenizer(beside if (beside / "tokenizer.json").is_file() else base)
-    cfg = stored if made is None else made.cfg
-    params = load_base(
-        base,
-        stored,
-        cfg,
-        dtype=dtype,
-        quantization=quantization,
-        trained=made.parts if made else (),
-    )
-    if made is not None:
-        params = made.on(params, dtype)
+    params = opened.load()
     template = template_of(tokenizer) if tokenizer.chat_template else None
-    return LanguageModel(Transformer(cfg, dtype=dtype), params, tokenizer, template, _eos_ids(base))
+    transformer = Transformer(cfg, dtype=opened.dtype)
+    return LanguageModel(transformer, params, tokenizer, template, _eos_ids(opened.folder))
 
 
 def _eos_ids(folder: Path) -> tuple[int, ...]:

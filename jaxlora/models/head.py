@@ -1,5 +1,7 @@
 """What stands between the last hidden states and the logits."""
 
+from collections.abc import Iterable
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -51,6 +53,11 @@ def classifier_head(cfg: ModelConfig) -> Linear | None:
         return None
     shape = (cfg.embed_dim, cfg.num_labels)
     return Linear(shape, (axes.EMBED, axes.LABELS), cfg, bias=cfg.head_bias, kind="head")
+
+
+def head_leaves(paths: Iterable[str]) -> frozenset[str]:
+    """Returns the paths of a classifier's parameters that a model of tokens may lack."""
+    return frozenset(path for path in paths if path.startswith(("classifier/", "head_transform/")))
 
 
 def language_head(cfg: ModelConfig) -> Linear | nnx.Dict | None:

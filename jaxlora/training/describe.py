@@ -1,12 +1,14 @@
 """What the log says about a run's data, weights and outcome."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from jaxlora.data.report import Report, SourceReport
-from jaxlora.data.table import TokenTable, spans
+from jaxlora.data.table import TokenTable, decode, spans
 from jaxlora.lora import count
+from jaxlora.models.task import NEXT_TOKEN, task_of
 from jaxlora.parallel.rules import undivided
 from jaxlora.training.setup import Plan
 from jaxlora.training.state import bytes_on_devices
@@ -29,14 +31,24 @@ def describe_report(report: Report) -> str:
             packed = table.packing_efficiency
             lines.append(
                 f"{name}: {table.tokens:,} tokens in {table.examples:,} examples, "
-                f"{table.trained_tokens:,} of them trained, longest example {table.longest}"
+                + (_counts(table.labels) or f"{table.trained_tokens:,} of them trained, ")
+                + f"longest example {table.longest}"
                 + (f", packed rows {packed:.1%} full" if packed else "")
             )
     return "\n".join(lines) + ("\n(tokens from the cache)" if report.cached else "")
 
 
-def preview(table: TokenTable, index: int, tokenizer: Any) -> str:
-    """Returns one example as text, what is trained between ``[`` and ``]``."""
+def _counts(labels: Mapping[str, int] | None, most: int = 10) -> str:
+    """How many examples each label has, of the first ones."""
+    listed = [f"{count:,} {name}" for name, count in (labels or {}).items()]
+    more = f" and {len(listed) - most} more labels" if len(listed) > most else ""
+    return f"labels {', '.join(listed[:most])}{more}, " if listed else ""
+
+
+def preview(table: TokenTable, index: int, tokenizer: Any, labels: Sequence[str] = ()) -> str:
+    """Returns one example as text, what is trained between ``[`` and ``]``; its label, if any."""
+    if (labelled := table.label(index)) is not None:
+        return f"{decode(table[index][0], tokenizer)}\nlabel [{labels[labelled[0]]}]"
     return "".join(
         f"[{text}]" if trained else text for text, trained in spans(table, index, tokenizer)
     )
@@ -74,4 +86,5 @@ def describe_result(plan: Plan) -> str:
     kind = "adapter" if plan.model.lora else "model"
     folder = plan.config.output_dir
     text = f"{kind}, loss curve and model card: {folder}"
-    return text + (f"\nchat with it: jaxlora chat {folder}" if plan.model.cfg.causal else "")
+    writes = task_of(plan.model.cfg) == NEXT_TOKEN
+    return text + (f"\nchat with it: jaxlora chat {folder}" if writes else "")

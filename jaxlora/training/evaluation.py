@@ -1,19 +1,20 @@
-"""Held-out loss and held-out exact match, during a run or alone."""
+"""Held-out loss, accuracy and exact match, during a run or alone."""
 
 import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from jaxlora.config import derived, settings
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree
-from jaxlora.data.batches import Batches
 from jaxlora.data.scoring import examples_for_scoring, table_for_scoring
 from jaxlora.generation.sampling import SamplingOptions
 from jaxlora.generation.scoring import Score, exact_match
-from jaxlora.parallel.rules import Placement
+from jaxlora.training.labels import Confusion
 from jaxlora.training.setup import Plan, make_plan
 from jaxlora.training.state import load_weights
 from jaxlora.training.step import make_eval_step, weights
@@ -21,20 +22,51 @@ from jaxlora.training.step import make_eval_step, weights
 EXACT_MATCH_ROWS = 200  # enough for a standard error below 4 points
 
 
-def held_out_loss(
-    eval_step: Callable[..., Any],
-    trainable: Tree,
-    frozen: Tree,
-    batches: Batches,
-    placement: Placement,
-) -> float:
-    """Returns the mean loss in nats over every trained token of the held-out data, once each."""
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """What a model makes of the held-out data.
+
+    Attributes:
+      loss: nats per trained token, or per text of a classifier.
+      confusion: of a classifier, None for a model of tokens.
+    """
+
+    loss: float
+    confusion: Confusion | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the loss."""
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Values for metrics.jsonl."""
+        found = {"eval_loss": self.loss}
+        return found | ({"eval_accuracy": self.confusion.accuracy} if self.confusion else {})
+
+    def __str__(self) -> str:
+        if self.confusion is None:
+            return f"held-out loss {self.loss:.4f} (perplexity {self.perplexity:.2f})"
+        return (
+            f"held-out loss {self.loss:.4f}, accuracy {self.confusion.accuracy:.1%} (always the "
+            f"most frequent label: {self.confusion.majority:.1%})"
+        )
+
+
+def held_out(eval_step: Callable[..., Any], trainable: Tree, frozen: Tree, plan: Plan) -> HeldOut:
+    """Returns loss and, of a classifier, accuracy over the held-out data, every row once."""
+    batches, placement = plan.eval_batches, plan.model.placement
+    assert batches is not None, "there is held-out data"
     loss_sum = tokens = 0.0
+    counts: Any = 0.0
     for number in range(batches.steps_per_epoch):
         batch = placement.batch(batches.batch(number))
-        batch_sum, batch_tokens = eval_step(trainable, frozen, batch)
+        batch_sum, batch_tokens, confusion = eval_step(trainable, frozen, batch)
         loss_sum, tokens = loss_sum + float(batch_sum), tokens + float(batch_tokens)
-    return loss_sum / tokens if tokens else math.nan
+        counts = counts + np.asarray(confusion, np.float64)
+    loss = loss_sum / tokens if tokens else math.nan
+    return HeldOut(loss, Confusion(counts, plan.labels.shown) if plan.labels else None)
 
 
 def scoring_examples(plan: Plan) -> list[tuple[list[int], str]]:
@@ -69,14 +101,38 @@ class Evaluation:
     """Held-out results of one set of weights.
 
     Attributes:
-      loss: nats per trained token.
-      perplexity: its exponential.
+      held_out: loss and, of a classifier, which labels were taken for which.
       score: exact matches with their samples; None unless `eval_exact_match`.
     """
 
-    loss: float
-    perplexity: float
+    held_out: HeldOut
     score: Score | None
+
+    @property
+    def loss(self) -> float:
+        """Nats per trained token, or per text of a classifier."""
+        return self.held_out.loss
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the loss."""
+        return self.held_out.perplexity
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of right labels; None for a model of tokens."""
+        return self.held_out.confusion and self.held_out.confusion.accuracy
+
+    def __str__(self) -> str:
+        lines = [str(self.held_out)]
+        if self.held_out.confusion is not None:
+            lines.append(f"right, by label:\n{self.held_out.confusion.table()}")
+        if self.score is not None:
+            score = self.score
+            lines.append(
+                f"held-out exact match {score.rate:.1%} ({score.correct} of {score.total})"
+            )
+        return "\n".join(lines)
 
 
 def evaluate(config: Config) -> Evaluation:
@@ -89,8 +145,7 @@ def evaluate(config: Config) -> Evaluation:
         raise UserError("evaluate: no held-out data; set test_datasets or val_set_size.")
     plan = make_plan(config)
     trainable, frozen = load_weights(config, plan.model)
-    assert plan.eval_batches is not None
     step = make_eval_step(plan.model.transformer, plan.model.targets)
-    loss = held_out_loss(step, trainable, frozen, plan.eval_batches, plan.model.placement)
+    found = held_out(step, trainable, frozen, plan)
     score = held_out_score(plan, trainable, frozen) if config.eval_exact_match else None
-    return Evaluation(loss, math.exp(min(loss, 700.0)), score)
+    return Evaluation(found, score)

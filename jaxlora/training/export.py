@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from jaxlora.checkpoints.adapter import read_adapter, tensors_beside
 from jaxlora.checkpoints.adapter_files import open_adapter
 from jaxlora.checkpoints.fitted import load_base, resized_tables, written_config
 from jaxlora.checkpoints.json_files import read_json_object
+from jaxlora.checkpoints.label_head import label_config
 from jaxlora.checkpoints.load import read_model_config
 from jaxlora.checkpoints.peft import save_adapter
 from jaxlora.checkpoints.peft_config import CONFIG_FILE
@@ -25,7 +26,7 @@ from jaxlora.config.load import load_config
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree, flatten, unflatten
-from jaxlora.data.tokenizer import template_text
+from jaxlora.data.tokenizer import pad_id, template_text
 from jaxlora.lora.parts import fill
 from jaxlora.models.parameters import describe
 from jaxlora.models.task import NEXT_TOKEN, task_of
@@ -36,7 +37,13 @@ from jaxlora.training.state import TrainState, make_tx, quant_spec, saved, split
 _GENERATION_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def export_weights(config: Config, model: Model, state: Tree, folder: Path) -> None:
+def export_weights(
+    config: Config,
+    model: Model,
+    state: Tree,
+    folder: Path,
+    labels: Sequence[str] | None = None,
+) -> None:
     """Writes the PEFT adapter, or the whole model of a full fine-tune, with its tokenizer.
 
     An adapter that started as a part of the base is written as its difference to that part, of
@@ -47,13 +54,14 @@ def export_weights(config: Config, model: Model, state: Tree, folder: Path) -> N
       model: its base.
       state: from `jaxlora.training.state.saved`, or as restored from a checkpoint.
       folder: where to.
+      labels: what a classifier's labels are called; None or nothing: by number.
 
     Raises:
       UserError: weights that are not finite, or a folder that cannot be written.
     """
     trainable = state["trainable"]
     if model.lora is None:
-        _save_whole(config, model, trainable["params"], folder)
+        _save_whole(config, model, trainable["params"], folder, labels or ())
         return
     adapter, targets, options = trainable["adapter"], model.targets, model.lora
     storage = quant_spec(config)
@@ -78,6 +86,7 @@ def export_weights(config: Config, model: Model, state: Tree, folder: Path) -> N
             trainable["params"],
             _tables(config, model),
         ),
+        labels=labels or (),
     )
     _save_tokenizer(config, model, folder)
 
@@ -86,6 +95,10 @@ def _save_tokenizer(config: Config, model: Model, folder: Path) -> None:
     choice = config.chat_template_jinja or config.chat_template
     if choice is not None:  # who loads the result should ask as it was taught
         model.tokenizer.chat_template = template_text(model.tokenizer, choice)
+    if model.cfg.num_labels and model.tokenizer.pad_token is None:
+        # transformers finds the last token of a text by the padding after it.
+        padding = model.tokenizer.convert_ids_to_tokens(pad_id(model.tokenizer))
+        model.tokenizer.pad_token = padding
     model.tokenizer.save_pretrained(str(folder))
     special = config.special_tokens.model_dump(exclude_none=True)
     named = [name for name in _GENERATION_IDS if name.removesuffix("_id") in special]
@@ -121,8 +134,13 @@ def _tables(config: Config, model: Model) -> dict[str, np.ndarray]:
     )
 
 
-def _save_whole(config: Config, model: Model, trained: Tree, folder: Path) -> None:
+def _save_whole(
+    config: Config, model: Model, trained: Tree, folder: Path, labels: Sequence[str]
+) -> None:
     _, raw = read_model_config(model.folder)
+    content = written_config(raw, model.stored, model.cfg)
+    if model.cfg.num_labels:
+        content = label_config(content, model.cfg, labels, pad_id(model.tokenizer))
     with tempfile.TemporaryDirectory() as temporary:
         _save_tokenizer(config, model, Path(temporary))
         save_model(
@@ -131,7 +149,7 @@ def _save_whole(config: Config, model: Model, trained: Tree, folder: Path) -> No
             folder,
             source_folder=model.folder,
             tokenizer_folder=Path(temporary),
-            config=written_config(raw, model.stored, model.cfg),
+            config=content,
             dtype=model.transformer.dtype,
             overwrite=True,
         )
@@ -147,6 +165,7 @@ def _whole_model(config: Config, model: Model, trained: Tree) -> Tree:
         model.cfg,
         dtype=model.transformer.dtype,
         mean_resizing=config.mean_resizing_embeddings,
+        trained=[path for path, part in model.parts.items() if part.whole],
     )
     leaves = flatten(base)
     for path, part in model.parts.items():
@@ -200,6 +219,7 @@ def _export_adapter(folder: Path, output: Path, base: str | Path | None) -> None
         beside=tensors_beside(
             adapter.cfg, stored, adapter.targets, adapter.parts, adapter.params, adapter.tables
         ),
+        labels=adapter.labels,
     )
 
 
@@ -213,7 +233,7 @@ def _export_checkpoint(source: str | Path, output: Path) -> int:
     config = load_config(written)
     model = open_model(config)
     restored, meta = CheckpointStore(store_folder).restore(step, abstract_state(config, model))
-    export_weights(config, model, restored, output)
+    export_weights(config, model, restored, output, meta.get("labels"))
     return meta["step"]
 
 

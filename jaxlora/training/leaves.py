@@ -1,7 +1,7 @@
 """Which leaves a run trains."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from jaxlora.checkpoints.adapter import LoadedAdapter
 from jaxlora.checkpoints.fitted import adapter_parts
@@ -20,7 +20,11 @@ from jaxlora.models.targets import targets_of_specs
 
 
 def trained_leaves(
-    config: Config, cfg: ModelConfig, lora: LoraConfig | None, start: LoadedAdapter | None
+    config: Config,
+    cfg: ModelConfig,
+    lora: LoraConfig | None,
+    start: LoadedAdapter | None,
+    fresh: Collection[str] = (),
 ) -> tuple[dict[str, Target], Parts]:
     """Returns ``(targets, parts)``: leaves with low-rank pairs, and leaves that train themselves.
 
@@ -29,13 +33,15 @@ def trained_leaves(
       cfg: shape of the model that is trained.
       lora: options of the adapter, None in full fine-tuning.
       start: the adapter of `lora_model_dir`.
+      fresh: paths of leaves that the base lacks, which train in any case.
 
     Raises:
       UserError: a rule that matches nothing, or a leaf that two of them claim.
     """
     specs = describe(cfg)
     if lora is None and config.unfrozen_parameters:
-        return {}, unfrozen(specs, config.unfrozen_parameters)
+        own = {path: Part(specs[path].layers is not None) for path in fresh}
+        return {}, unfrozen(specs, config.unfrozen_parameters) | own
     if lora is None:
         return {}, {path: Part(spec.layers is not None) for path, spec in specs.items()}
     if start is None:

@@ -21,7 +21,7 @@ from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError
 from jaxlora.training import resume
 from jaxlora.training.describe import describe_data, describe_result, describe_weights
-from jaxlora.training.evaluation import held_out_loss, held_out_score
+from jaxlora.training.evaluation import held_out, held_out_score
 from jaxlora.training.export import export_weights
 from jaxlora.training.interrupt import Interrupts
 from jaxlora.training.metrics import (
@@ -131,7 +131,7 @@ class Run:
         if self.state.step:
             display.say(f"continuing from the checkpoint of step {self.state.step}")
             self.last_loss = record_at(records, self.state.step).get("loss", math.nan)
-        loss_before, score_before = self._evaluate_before(display, sinks, record_at(records, 0))
+        before = self._evaluate_before(display, sinks, record_at(records, 0))
         try:
             with Interrupts() as interrupts:
                 while self.state.step < plan.total_steps and not self.failed:
@@ -141,17 +141,21 @@ class Run:
             self._stop(display, store)
             raise
         self._save(store)
-        loss_after, score_after = self._evaluate(display, "after training", sinks)
-        export_weights(config, plan.model, saved(self.state), folder)
+        after = self._evaluate(display, "after training", sinks)
+        export_weights(
+            config, plan.model, saved(self.state), folder, plan.labels and plan.labels.names
+        )
         result = TrainResult(
             folder,
             self.state.step,
             self.last_loss,
-            loss_after,
-            loss_before,
-            score_after,
-            score_before,
+            after.get("eval_loss"),
+            before.get("eval_loss"),
+            after.get("exact_match"),
+            before.get("exact_match"),
             display.tokens_per_s,
+            after.get("eval_accuracy"),
+            before.get("eval_accuracy"),
         )
         write_report(plan, result)
         store.wait()
@@ -210,39 +214,31 @@ class Run:
             "learning_rate": float(jnp.asarray(self.schedule(step - 1))),
         }
 
-    def _evaluate_loss(self, display: Display, sinks: Sequence[Sink]) -> float | None:
+    def _evaluate_loss(self, display: Display, sinks: Sequence[Sink]) -> dict[str, float]:
         plan, state = self.plan, self.state
         if plan.eval_batches is None:
-            return None
+            return {}
         started = time.monotonic()
-        loss = held_out_loss(
-            self.eval_step,
-            state.trainable,
-            state.frozen,
-            plan.eval_batches,
-            plan.model.placement,
-        )
+        found = held_out(self.eval_step, state.trainable, state.frozen, plan)
         display.pause(time.monotonic() - started)
-        display.say(f"held-out loss {loss:.4f} (perplexity {math.exp(min(loss, 700)):.2f})")
-        write_all(sinks, state.step, {"eval_loss": loss})
-        return loss
+        display.say(str(found))
+        write_all(sinks, state.step, found.metrics)
+        return found.metrics
 
     def _evaluate_before(
         self, display: Display, sinks: Sequence[Sink], first: dict[str, float]
-    ) -> tuple[float | None, float | None]:
+    ) -> dict[str, float]:
         """Numbers from before training; a run that continues has them in its metrics."""
         if "eval_loss" in first and (
             "exact_match" in first or not self.plan.config.eval_exact_match
         ):
-            return first["eval_loss"], first.get("exact_match")
+            return first
         return self._evaluate(display, "before training", sinks)
 
-    def _evaluate(
-        self, display: Display, when: str, sinks: Sequence[Sink]
-    ) -> tuple[float | None, float | None]:
-        loss = self._evaluate_loss(display, sinks)
+    def _evaluate(self, display: Display, when: str, sinks: Sequence[Sink]) -> dict[str, float]:
+        found = self._evaluate_loss(display, sinks)
         if not self.plan.config.eval_exact_match:
-            return loss, None
+            return found
         started = time.monotonic()
         score = held_out_score(self.plan, self.state.trainable, self.state.frozen)
         display.pause(time.monotonic() - started)
@@ -250,11 +246,13 @@ class Run:
             f"held-out exact match {when}: {score.rate:.1%} ({score.correct} of {score.total})"
         )
         write_all(sinks, self.state.step, {"exact_match": score.rate})
-        return loss, score.rate
+        return found | {"exact_match": score.rate}
 
     def _save(self, store: CheckpointStore) -> None:
         if self.state.step != self.saved_step:
-            store.save(self.state.step, saved(self.state), {"identity": resume.identity(self.plan)})
+            labels = self.plan.labels and self.plan.labels.names
+            meta = {"identity": resume.identity(self.plan), "labels": labels}
+            store.save(self.state.step, saved(self.state), meta)
             self.saved_step = self.state.step
 
     def _stop(self, display: Display, store: CheckpointStore) -> None:

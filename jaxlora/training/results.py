@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxlora.config.load import dump_config
 from jaxlora.core.version import __version__
+from jaxlora.data.tokenizer import pad_id
 from jaxlora.models.task import task_of
 from jaxlora.training.metrics import METRICS_FILE, read_lines
 from jaxlora.training.plot import LOSS_PLOT, plot_losses
@@ -19,10 +20,11 @@ class TrainResult:
     Attributes:
       output_dir: the run's folder; holds the adapter or model, the curve and the card.
       steps: optimizer steps done in all.
-      loss: last training loss in nats per trained token.
+      loss: last training loss in nats per trained token, or per text of a classifier.
       eval_loss, eval_loss_before: held-out loss after and before, None without held-out data.
       exact_match, exact_match_before: share of exact held-out answers, if asked for.
       tokens_per_s: throughput, compilation and evaluation left out, padding not counted.
+      accuracy, accuracy_before: of a classifier, share of right labels in the held-out data.
     """
 
     output_dir: Path
@@ -33,6 +35,8 @@ class TrainResult:
     exact_match: float | None
     exact_match_before: float | None
     tokens_per_s: float
+    accuracy: float | None = None
+    accuracy_before: float | None = None
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -42,7 +46,9 @@ class TrainResult:
 
 def write_report(plan: Plan, result: TrainResult) -> None:
     """Writes the loss curve and the model card."""
-    plot_losses(result.history, result.output_dir / LOSS_PLOT, Path(plan.config.base_model).name)
+    unit = "text" if plan.labels else "token"
+    title = Path(plan.config.base_model).name
+    plot_losses(result.history, result.output_dir / LOSS_PLOT, title, unit=unit)
     (result.output_dir / "README.md").write_text(_card(plan, result))
 
 
@@ -59,13 +65,15 @@ def _card(plan: Plan, result: TrainResult) -> str:
         ("training loss, last step", f"{result.loss:.4f}"),
         ("held-out loss before", _number(result.eval_loss_before)),
         ("held-out loss after", _number(result.eval_loss)),
+        ("held-out accuracy before", _share(result.accuracy_before)),
+        ("held-out accuracy after", _share(result.accuracy)),
         ("held-out exact match before", _share(result.exact_match_before)),
         ("held-out exact match after", _share(result.exact_match)),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows if value)
+    base = f"{task.auto_class}.from_pretrained({config.base_model!r}{_head_options(plan)})"
     use = (
-        f"PeftModel.from_pretrained({task.auto_class}.from_pretrained({config.base_model!r}), "
-        "folder)"
+        f"PeftModel.from_pretrained({base}, folder)"
         if adapter
         else f"{task.auto_class}.from_pretrained(folder)"
     )
@@ -91,6 +99,16 @@ jaxlora {__version__}. Load it with `{use}`.
 {dump_config(config).strip()}
 ```
 """
+
+
+def _head_options(plan: Plan) -> str:
+    """What transformers has to be told of a head of labels that the base lacks."""
+    if plan.labels is None:
+        return ""
+    names = dict(enumerate(plan.labels.names))
+    named = f", id2label={names}" if names else ""
+    padding = pad_id(plan.model.tokenizer)
+    return f", num_labels={plan.labels.count}{named}, pad_token_id={padding}"
 
 
 def _front_matter(fields: dict[str, Any]) -> str:

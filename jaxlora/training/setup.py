@@ -11,6 +11,7 @@ from jaxlora.checkpoints import hub
 from jaxlora.checkpoints.adapter import LoadedAdapter, read_adapter
 from jaxlora.checkpoints.fingerprint import base_fingerprint
 from jaxlora.checkpoints.fitted import fit
+from jaxlora.checkpoints.label_head import optional_leaves, with_head
 from jaxlora.checkpoints.load import check_weights, read_model_config, storage_of
 from jaxlora.checkpoints.storage import Storage
 from jaxlora.config import derived, settings
@@ -19,6 +20,7 @@ from jaxlora.core.errors import UserError
 from jaxlora.data.batches import Batches
 from jaxlora.data.masking import Masking
 from jaxlora.data.prepare import Prepared, prepare
+from jaxlora.data.spec import Labels
 from jaxlora.data.table import check_vocabulary
 from jaxlora.data.tokenizer import pad_id
 from jaxlora.lora import LoraConfig, Target, changes_base
@@ -30,6 +32,7 @@ from jaxlora.models.transformer import Transformer
 from jaxlora.ops.arrays import FOUR_BIT
 from jaxlora.parallel.mesh import batch_shards, make_mesh
 from jaxlora.parallel.rules import Placement
+from jaxlora.training.labels import check_adapter, declared_names, labels_of_run, wanted_labels
 from jaxlora.training.leaves import trained_leaves
 from jaxlora.training.vocabulary import (
     check_learned,
@@ -55,6 +58,7 @@ class Model:
       lora: the adapter's options, None in full fine-tuning.
       start: the adapter to start from (`lora_model_dir`), None for a fresh one.
       notes: what the user should know of its tokens.
+      label_names: what the labels of a classifier are called, if anything but the data says.
     """
 
     folder: Path
@@ -70,6 +74,7 @@ class Model:
     transformer: Transformer
     placement: Placement
     notes: tuple[str, ...] = ()
+    label_names: tuple[str, ...] = ()
 
     @property
     def splits_base(self) -> bool:
@@ -79,7 +84,10 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A checked run: model, data and the numbers that follow from both."""
+    """A checked run: model, data and the numbers that follow from both.
+
+    `labels` are those of a classifier, None for a model of tokens.
+    """
 
     config: Config
     model: Model
@@ -87,6 +95,7 @@ class Plan:
     batches: Batches
     eval_batches: Batches | None
     total_steps: int
+    labels: Labels | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -101,24 +110,27 @@ def open_model(config: Config) -> Model:
     """
     folder = hub.resolve(config.base_model, config.revision_of_model)
     described = hub.resolve(config.base_model_config) if config.base_model_config else folder
-    stored, _ = read_model_config(described)
-    fingerprint = ""
+    stored, raw = read_model_config(described)
+    num_labels = wanted_labels(config, stored, raw)
+    wanted = fit(stored, None, num_labels=num_labels)
+    fingerprint, fresh = "", optional_leaves(stored, wanted)
     if not config.reinit_weights:
         _check_storage(config, storage_of(folder))
-        check_weights(folder, stored)
+        fresh = check_weights(folder, wanted, fresh)
         fingerprint = base_fingerprint(folder)
     lora, start = settings.lora_config(config), None
     if lora is not None:
-        lora = dataclasses.replace(lora, task_type=task_of(stored).peft)
+        lora = with_head(dataclasses.replace(lora, task_type=task_of(wanted).peft), wanted, fresh)
     if lora is not None and config.lora_model_dir:
         start = read_adapter(
             hub.resolve(config.lora_model_dir), stored, fingerprint=fingerprint or None
         )
         lora = start.config
+        check_adapter(config, start, num_labels)
     tokens = open_tokenizer(config, tokenizer_folder(config, folder, stored, start))
-    cfg = fit(stored, lora, rows_wanted(config, stored, tokens, start))
+    cfg = fit(stored, lora, rows_wanted(config, stored, tokens, start), num_labels)
     specs = describe(cfg)
-    targets, parts = trained_leaves(config, cfg, lora, start)
+    targets, parts = trained_leaves(config, cfg, lora, start, fresh)
     check_learned(config, stored, specs, tokens, (targets, parts))
     placement = Placement(make_mesh(config.mesh.model_dump()))
     transformer = Transformer(
@@ -141,6 +153,7 @@ def open_model(config: Config) -> Model:
         transformer,
         placement,
         token_notes(cfg, specs, tokens, parts),
+        declared_names(config, stored, raw, start),
     )
 
 
@@ -179,12 +192,8 @@ def _check_storage(config: Config, storage: Storage | None) -> None:
 
 def _objective(config: Config, model: Model) -> Masking | None:
     """How tokens are hidden, None where the next one is learned."""
-    cfg, fitting = model.cfg, "clm" if model.cfg.causal else "mlm"
-    if cfg.num_labels:
-        raise UserError(
-            f"{config.base_model}: {cfg.family} is a classifier, which jaxlora does not train yet; "
-            "give the model without a head of labels."
-        )
+    cfg = model.cfg
+    fitting = "classification" if cfg.num_labels else "clm" if cfg.causal else "mlm"
     if config.objective not in (None, fitting):
         raise UserError(
             f"objective: {config.objective} does not fit {config.base_model} ({cfg.family}); "
@@ -195,7 +204,7 @@ def _objective(config: Config, model: Model) -> Masking | None:
             f"sequence_len: {config.sequence_len} is more than the {cfg.max_context} positions of "
             f"{config.base_model}; set it to {cfg.max_context} or less."
         )
-    if cfg.causal:
+    if cfg.causal or cfg.num_labels:
         return None
     for entry in (*config.datasets, *config.test_datasets):
         if entry.type != "completion":
@@ -215,7 +224,8 @@ def make_plan(config: Config, say: Say = lambda text: None) -> Plan:
     for note in model.notes:
         say(f"note: {note}")
     masking = _objective(config, model)
-    options = settings.data_options(config)
+    labels = labels_of_run(config, model.cfg.num_labels, model.label_names)
+    options = settings.data_options(config, labels)
     data = prepare(
         settings.train_specs(config),
         settings.held_out_specs(config),
@@ -231,6 +241,10 @@ def make_plan(config: Config, say: Say = lambda text: None) -> Plan:
         "pad": options.pad_to_sequence_len,
         "vocab_size": model.cfg.vocab_size,
         "masking": masking,
+        # As transformers' tokenizer, which tells the model of them or does not.
+        "token_types": labels is not None
+        and model.cfg.token_types > 1
+        and "token_type_ids" in model.tokenizer.model_input_names,
     }
     check_vocabulary(data.train, model.cfg.vocab_size)
     batches = Batches(
@@ -252,4 +266,4 @@ def make_plan(config: Config, say: Say = lambda text: None) -> Plan:
             **shared,
         )
     total = derived.total_steps(config, batches.steps_per_epoch)
-    return Plan(config, model, data, batches, eval_batches, total)
+    return Plan(config, model, data, batches, eval_batches, total, labels)

@@ -75,6 +75,7 @@ def load_weights(
             progress=progress,
             trained=model.parts,
             mean_resizing=config.mean_resizing_embeddings,
+            seed=config.seed,
         )
         leaves = flatten(params)
     frozen = {path: leaf for path, leaf in leaves.items() if leaf is not None}

@@ -39,11 +39,25 @@ def weights(
     return lora.apply(unflatten({**frozen, **own}), trainable["adapter"], targets, key)
 
 
-def token_loss_sum(transformer: Transformer, params: Tree, batch: Batch) -> Float[Array, ""]:
-    """Returns the sum of the weighted token losses in nats of a ``[rows, T]`` batch."""
+def _read(transformer: Transformer, params: Tree, batch: Batch) -> tuple[Any, ...]:
+    """``(model, hidden, targets, weights)``: what the head reads, and what it should say to it."""
     model = bind(transformer, params)
-    hidden, _ = model(batch["tokens"], batch["positions"], batch["segment_ids"])
-    return chunked_cross_entropy(model.logits, hidden, batch["targets"], batch["weights"])
+    segments = batch["segment_ids"]
+    hidden, _ = model(batch["tokens"], batch["positions"], segments, types=batch.get("token_types"))
+    targets, weights = batch["targets"], batch["weights"]
+    if transformer.cfg.num_labels:  # a text has one target, which stands at its first token
+        hidden = model.pooled(hidden, segments)[:, None]
+        targets, weights = targets[:, :1], weights[:, :1]
+    return model, hidden, targets, weights
+
+
+def batch_loss(transformer: Transformer, params: Tree, batch: Batch) -> Float[Array, ""]:
+    """Returns the sum of the weighted losses in nats of a ``[rows, T]`` batch.
+
+    A loss for each token, or in a classifier for each row.
+    """
+    model, hidden, targets, weights = _read(transformer, params, batch)
+    return chunked_cross_entropy(model.logits, hidden, targets, weights)
 
 
 def make_train_step(
@@ -73,9 +87,7 @@ def make_train_step(
         step_key = jax.random.fold_in(seed_key, number)
 
         def loss_of(trainable, micro_batch, key):
-            return token_loss_sum(
-                transformer, weights(trainable, frozen, targets, key), micro_batch
-            )
+            return batch_loss(transformer, weights(trainable, frozen, targets, key), micro_batch)
 
         def add_micro_batch(sums, inputs):
             micro_batch, index = inputs
@@ -103,16 +115,30 @@ def make_train_step(
 
 
 def make_eval_step(transformer: Transformer, targets: Mapping[str, Target]) -> Callable[..., Any]:
-    """Returns ``step(trainable, frozen, batch) -> (loss sum, trained tokens)``, without dropout."""
+    """Returns ``step(trainable, frozen, batch) -> (loss sum, trained tokens, confusion)``.
+
+    Without dropout. The confusion of a classifier counts texts, ``[label, most likely label]``;
+    that of a model of tokens is empty.
+    """
+    labels = transformer.cfg.num_labels
 
     @jax.jit
     def step(trainable, frozen, batch: Batch):
         params = weights(trainable, frozen, targets)
 
-        def add_micro_batch(total, micro_batch):
-            return total + token_loss_sum(transformer, params, micro_batch), None
+        def add_micro_batch(sums, micro_batch):
+            model, hidden, wanted, counted = _read(transformer, params, micro_batch)
+            loss, confusion = sums
+            if labels:
+                said = jnp.argmax(model.logits(hidden), axis=-1)
+                confusion = confusion.at[wanted, said].add(counted)
+            return (
+                loss + chunked_cross_entropy(model.logits, hidden, wanted, counted),
+                confusion,
+            ), None
 
-        total, _ = jax.lax.scan(add_micro_batch, jnp.zeros((), jnp.float32), batch)
-        return total, jnp.sum(batch["weights"])
+        zeros = (jnp.zeros((), jnp.float32), jnp.zeros((labels, labels), jnp.float32))
+        (total, confusion), _ = jax.lax.scan(add_micro_batch, zeros, batch)
+        return total, jnp.sum(batch["weights"]), confusion
 
     return step

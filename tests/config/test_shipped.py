@@ -26,6 +26,7 @@ def test_the_shipped_set_is_complete():
         "full-fine-tune.yml",
         "continued-pretraining.yml",
         "encoder-mlm.yml",
+        "classification.yml",
         "llama_3_8b_qlora.py",
     }
 

@@ -24,7 +24,10 @@ _ONE_HEAD_EACH = {"num_kv_heads": "sizes the cache only; latent attention has no
 UNSEEN_IN = {
     "Phi3ForCausalLM": {"rope_scaling.factor": "longrope divides by its own list"},
     "Gemma3ForCausalLM": {"rope_scaling.original_context": "linear has none"},
-    "ModernBertForMaskedLM": {"rope_scaling.original_context": "linear has none"},
+    "ModernBertForMaskedLM": {
+        "rope_scaling.original_context": "linear has none",
+        "pooling": "of the classifier that is made of it",
+    },
     "MixtralForCausalLM": _NO_DENSE_MLP,
     "DeepseekV2ForCausalLM": _ONE_HEAD_EACH,
     "DeepseekV3ForCausalLM": _ONE_HEAD_EACH,

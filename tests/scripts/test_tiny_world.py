@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "scripts"))  # the scripts are programs, not a pac
 import tiny_corpus  # noqa: E402
 import tiny_world  # noqa: E402
 
+CLASSIFICATION = ROOT / "jaxlora" / "assets" / "classification"
 QUICKSTART = ROOT / "jaxlora" / "assets" / "quickstart"
 BASE = ROOT / "jaxlora" / "assets" / "tiny-llama"
 
@@ -67,6 +68,13 @@ def test_bundled_rows_are_what_the_generator_writes():
     train, test = read_rows("train.jsonl"), read_rows("test.jsonl")
     assert train == tiny_corpus.quickstart_rows(0, len(train), held_out=False)
     assert test == tiny_corpus.quickstart_rows(0, len(test), held_out=True)
+
+
+def test_bundled_labels_are_what_the_generator_writes():
+    for name, held_out in (("train", False), ("test", True)):
+        lines = (CLASSIFICATION / f"{name}.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert rows == tiny_corpus.classification_rows(0, len(rows), held_out=held_out)
 
 
 def test_no_person_and_thing_of_a_test_row_meet_in_a_training_row():

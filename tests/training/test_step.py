@@ -59,7 +59,7 @@ class Setup:
         return {name: float(value) for name, value in metrics.items()}
 
     def loss(self, batch):
-        loss_sum, tokens = self.evaluate(self.trainable, self.frozen, batch)
+        loss_sum, tokens, _ = self.evaluate(self.trainable, self.frozen, batch)
         return float(loss_sum), float(tokens)
 
 

@@ -21,3 +21,5 @@ _DECODERS: dict[str, Family] = {
     **gpt.ROWS,
 }
 FAMILIES: dict[str, Family] = {**_DECODERS, **encoders.ROWS, **classifiers.rows(_DECODERS)}
+CLASSIFIERS: dict[str, str] = classifiers.names([*_DECODERS, *encoders.ROWS])
+"""Architecture: that of its classifier."""

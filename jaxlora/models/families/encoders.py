@@ -145,6 +145,7 @@ MODERNBERT = Family(
         "decoder_bias": True,
         "classifier_bias": False,
         "classifier_activation": "gelu",
+        "classifier_pooling": "cls",
         "layer_types": None,
         "global_attn_every_n_layers": 3,
         "local_attention": 128,
@@ -173,6 +174,7 @@ MODERNBERT = Family(
         "activation": field("hidden_activation"),
         "head_activation": field("classifier_activation"),
         "head_dense_bias": field("classifier_bias"),
+        "pooling": lambda f: {"cls": "first", "mean": "mean"}[f["classifier_pooling"]],
         "head_bias": field("decoder_bias"),
     },
     names={
@@ -197,7 +199,7 @@ MODERNBERT = Family(
     },
     ignored=_IGNORED
     | frozenset(
-        """initializer_cutoff_factor mlp_dropout classifier_pooling deterministic_flash_attn
+        """initializer_cutoff_factor mlp_dropout deterministic_flash_attn
         sparse_prediction sparse_pred_ignore_index layer_norm_eps position_embedding_type
         repad_logits_with_grad reference_compile""".split()
     ),
