@@ -162,6 +162,10 @@ class DataKeys(Section):
     """Tokens in a row."""
     excess_length_strategy: Literal["drop", "truncate", "raise"] = "drop"
     """What becomes of an example longer than `sequence_len`."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """(jaxlora) A row that cannot be used stops the run, or is left out and counted."""
+    max_bad_rows: Share = 0.01
+    """(jaxlora) Share of a data set's rows that `on_bad_row: skip` may leave out."""
     sample_packing: Flag = False
     """Puts several examples in a row; they do not see each other."""
     eval_sample_packing: Flag | None = None

@@ -87,6 +87,8 @@ def data_options(config: Config, labels: Labels | None = None) -> DataOptions:
         min_sample_len=config.min_sample_len,
         deduplicate=config.dataset_exact_deduplication,
         labels=labels,
+        on_bad_row=config.on_bad_row,
+        max_bad_rows=config.max_bad_rows,
     )
 
 

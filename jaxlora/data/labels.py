@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from jaxlora.core.errors import UserError, did_you_mean
+from jaxlora.data.account import drafted
 from jaxlora.data.encode import LabelledExample, too_long
 from jaxlora.data.prompts import no_column, text_of
 from jaxlora.data.report import EMPTY, TOO_LONG, TOO_SHORT
-from jaxlora.data.sources import rows
+from jaxlora.data.sources import rows, scan
 from jaxlora.data.spec import DataOptions, DatasetSpec, Labels
 from jaxlora.data.tokenizer import Encoder
 
@@ -100,17 +101,21 @@ def labelled_examples(
     labels, limit = options.labels, options.sequence_len
     assert labels is not None, "a data set of this type comes with labels"
     columns = [spec.field or "text", *([spec.field_pair] if spec.field_pair else [])]
-    source, cuts = rows(spec), options.excess_length_strategy == "truncate"
+    source, cuts = scan(spec), options.excess_length_strategy == "truncate"
+
+    def draft(row: Mapping[str, Any], origin: str) -> tuple[tuple[str, ...], int]:
+        texts = tuple(text_of(row, column, origin, "classification") for column in columns)
+        return texts, label_of(row, spec.field_label, origin, labels)
+
     while chunk := list(islice(source, _CHUNK)):
-        texts = [
-            tuple(text_of(row, column, origin, "classification") for column in columns)
-            for origin, row in chunk
-        ]
-        numbers = [label_of(row, spec.field_label, origin, labels) for origin, row in chunk]
-        encodings = encoder.whole(texts, limit if cuts else None)
-        for (origin, _), text, label, encoding in zip(
-            chunk, texts, numbers, encodings, strict=True
-        ):
+        drafts = [drafted(draft, row, origin, options) for origin, row in chunk]
+        texts = [each[0] for each in drafts if not isinstance(each, str)]
+        encodings = iter(encoder.whole(texts, limit if cuts else None) if texts else [])
+        for (origin, _), made in zip(chunk, drafts, strict=True):
+            if isinstance(made, str):
+                yield origin, [], made
+                continue
+            (text, label), encoding = made, next(encodings)
             tokens = np.array(encoding.ids, np.int32)
             if not any(each.strip() for each in text) or not len(tokens):
                 yield origin, [], EMPTY

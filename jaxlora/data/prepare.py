@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxlora.core.errors import UserError
 from jaxlora.data import cache
+from jaxlora.data.account import Account, drafted
 from jaxlora.data.chat import Dropped, chat, template_of
 from jaxlora.data.encode import Draftable, Example, Pieces, cut, encode, too_long
 from jaxlora.data.instructions import INSTRUCTIONS
@@ -28,10 +29,9 @@ from jaxlora.data.report import (
     Report,
     SourceReport,
     TableReport,
-    refuse_nothing,
     table_report,
 )
-from jaxlora.data.sources import digest, rows
+from jaxlora.data.sources import digest, scan
 from jaxlora.data.spec import TOKENIZED, DataOptions, DatasetSpec
 from jaxlora.data.table import TableWriter, TokenTable
 from jaxlora.data.tokenized import tokenized
@@ -97,14 +97,14 @@ def examples_of(
 ) -> Iterator[tuple[str, list[Example], str | None]]:
     """Yields ``(origin, examples, why)`` per row: why it was dropped or ``truncated``, or None."""
     to_draft = drafter(spec, options, encoder)
-    source = rows(spec)
+    source = scan(spec)
     while chunk := list(islice(source, _CHUNK)):
-        drafts = [to_draft(row, origin) for origin, row in chunk]
-        usable = [draft for draft in drafts if not isinstance(draft, Dropped)]
+        drafts = [drafted(to_draft, row, origin, options) for origin, row in chunk]
+        usable = [draft for draft in drafts if not isinstance(draft, Dropped | str)]
         encoded = iter(encode(usable, encoder))
         for (origin, _), draft in zip(chunk, drafts, strict=True):
-            if isinstance(draft, Dropped):
-                yield origin, [], draft.reason
+            if isinstance(draft, Dropped | str):
+                yield origin, [], draft if isinstance(draft, str) else draft.reason
             else:
                 yield origin, *_fit(next(encoded), draft, origin, options)
 
@@ -235,31 +235,20 @@ def _write(
     tokens = 0
     with TableWriter(folder) as writer:
         for spec in specs:
-            before, first = sum(report.read for report in reports), len(writer)
-            read = kept = truncated = 0
-            dropped: dict[str, int] = {}
+            before, account = sum(report.read for report in reports), Account(spec, options)
             classifies = spec.type == "classification"
             read_rows: Any = labelled_examples if classifies else examples_of
-            for _, examples, why in read_rows(spec, options, encoder):
-                read += 1
+            for origin, examples, why in read_rows(spec, options, encoder):
                 if seen is not None and examples and _again(examples, seen):
                     examples, why = [], DUPLICATE
-                kept += bool(examples)
-                truncated += why == "truncated"
-                if not examples:
-                    assert why is not None
-                    dropped[why] = dropped.get(why, 0) + 1
+                account.add(origin, len(examples), why)
                 for example in examples:
                     writer.add(*example)
                     tokens += len(example[0])
-                    row_of.append(before + read)
-                if progress is not None and read % _CHUNK == 0:
-                    progress(before + read, tokens)
-            added = len(writer) - first
-            reports.append(
-                SourceReport(spec.path, spec.split, read, kept, dropped, truncated, added)
-            )
-            refuse_nothing(reports[-1])
+                    row_of.append(before + account.read)
+                if progress is not None and account.read % _CHUNK == 0:
+                    progress(before + account.read, tokens)
+            reports.append(account.close())
     return reports, row_of
 
 

@@ -4,35 +4,56 @@ An origin is ``file:line`` (1-based) where the format has lines, else ``file:row
 """
 
 import csv
-import gzip
-import json
 import sys
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from jaxlora.core.errors import UserError
+from jaxlora.data.columnar import read_arrow, read_parquet
+from jaxlora.data.json_rows import read_json, read_jsonl
+from jaxlora.data.lines import Fault, Row, RowOrFault, lines, nul, one_line
 
-Row = tuple[str, dict[str, Any]]
 
-
-def read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path, kind: str | None = None) -> Iterator[Row]:
     """Yields ``(origin, columns)`` for each row of a file; blank lines are not rows.
 
     Raises:
         UserError: the file cannot be read, or a row of it is not a row (named by file and line).
     """
-    reader = READERS.get(suffix(path))
+    yield from without_faults(scan_rows(path, kind))
+
+
+def without_faults(rows: Iterable[RowOrFault]) -> Iterator[Row]:
+    """The same rows; the first fault is raised."""
+    for origin, row in rows:
+        if isinstance(row, Fault):
+            raise row
+        yield origin, row
+
+
+def scan_rows(path: Path, kind: str | None = None) -> Iterator[RowOrFault]:
+    """As `read_rows`, but what is wrong with one row comes in its place, and reading goes on.
+
+    Args:
+        path: the file.
+        kind: one of `KINDS`, for a file whose name does not tell its format.
+
+    Raises:
+        UserError: the file cannot be read, or breaks off.
+    """
+    reader = READERS.get(suffix(path)) or READERS.get(KINDS.get(kind or "", ""))
     if reader is None:
         raise UserError(
-            f"{path}: data files end in {', '.join(READERS)} (text formats also with .gz)."
+            f"{path}: data files end in {', '.join(READERS)} (text formats also with .gz); "
+            "ds_type says the format of others."
         )
-    if not path.is_file():
-        raise UserError(f"{path}: is not a regular file.")
     try:
+        if not path.is_file():
+            raise UserError(f"{path}: is not a regular file.")
         yield from reader(path)
-    except (OSError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read: {_one_line(error)}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
 def suffix(path: Path) -> str:
@@ -44,214 +65,78 @@ def suffix(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
 
 
-def _open(path: Path) -> BinaryIO:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")  # type: ignore
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yields ``(origin, text)`` per line, decoded strictly so that a bad byte is named."""
-    with _open(path) as file:
-        for number, raw in enumerate(file, 1):
-            origin = f"{path}:{number}"
-            if number == 1:
-                raw = _without_mark(raw, path)
-            yield origin, _decode(raw, origin)
-
-
-def _without_mark(raw: bytes, path: Path) -> bytes:
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise UserError(f"{path}:1: the file is UTF-16; save it as UTF-8.")
-    return raw.removeprefix(b"\xef\xbb\xbf")
-
-
-def _decode(raw: bytes, origin: str) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{origin}: byte {error.start + 1} of the line is not UTF-8; save the file as UTF-8."
-        ) from error
-
-
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    for origin, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            value = _DECODER.decode(line)
-        except json.JSONDecodeError as error:
-            reason = f"{error.msg} at column {error.colno}"
-            raise UserError(f"{origin}: is not valid JSON: {reason}.") from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{origin}: is not valid JSON: {_one_line(error)}.") from error
-        yield origin, _object(value, origin)
-
-
-def _read_json(path: Path) -> Iterator[Row]:
-    """A ``.json`` file is an array of objects, or one object per line."""
-    with _open(path) as file:
-        raw = _without_mark(file.read(), path)
-    if not raw.lstrip().startswith(b"["):
-        yield from _read_jsonl(path)
-        return
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: is not UTF-8; save the file as UTF-8.") from error
-    yield from _array(text, path)
-
-
-def _array(text: str, path: Path) -> Iterator[Row]:
-    """Reads element by element, so that each one has its line."""
-    position = _skip(text, text.index("[") + 1)
-    line, counted = 1, 0
-    while text[position : position + 1] != "]":
-        line += text.count("\n", counted, position)
-        counted = position
-        origin = f"{path}:{line}"
-        try:
-            value, position = _DECODER.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            where = f"{path}:{error.lineno}"
-            raise UserError(f"{where}: is not valid JSON: {error.msg}.") from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{origin}: is not valid JSON: {_one_line(error)}.") from error
-        yield origin, _object(value, origin)
-        position = _skip(text, position)
-        separator = text[position : position + 1]
-        if separator not in (",", "]") or not separator:
-            at = text.count("\n", 0, position) + 1
-            raise UserError(f"{path}:{at}: is not valid JSON: expected ',' or ']' after a row.")
-        if separator == ",":
-            position = _skip(text, position + 1)
-    end = _skip(text, position + 1)
-    if end < len(text):
-        at = text.count("\n", 0, end) + 1
-        raise UserError(f"{path}:{at}: is not valid JSON: text after the closing ']'.")
-
-
-def _skip(text: str, position: int) -> int:
-    while position < len(text) and text[position] in " \t\r\n":
-        position += 1
-    return position
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f'the key "{twice}" appears twice')
-    return row
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
-
-
-def _object(value: Any, origin: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        kind = "null" if value is None else type(value).__name__
-        raise UserError(f'{origin}: a row must be an object like {{"column": ...}}, got {kind}.')
-    return value
-
-
-def _read_csv(path: Path) -> Iterator[Row]:
+def _read_csv(path: Path) -> Iterator[RowOrFault]:
     # The csv module's own limit (131 072 characters a field) is lower than long documents need.
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    faults: list[Fault] = []
+    reader = csv.reader(_collecting(path, faults), strict=True)
     header: list[str] | None = None
     while True:
         start = reader.line_num + 1
+        origin = f"{path}:{start}"
+        faults.clear()
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise UserError(f"{path}:{start}: is not valid CSV: {error}.") from error
+            problem = Fault(f"{origin}: is not valid CSV: {error}.")
+            # An open quote takes the rest of the file with it: more than one row is lost.
+            if header is None or "unexpected end" in str(error):
+                raise problem from error
+            yield origin, problem
+            continue
         if cells is None:
             return
-        if not cells:
-            continue
-        if header is None:
-            header = _header(cells, path)
-            continue
-        if len(cells) != len(header):
-            raise UserError(
-                f"{path}:{start}: has {len(cells)} fields, the header has {len(header)} "
-                f"({', '.join(header)})."
-            )
-        yield f"{path}:{start}", dict(zip(header, cells, strict=True))
+        if header is None and (faults or cells):
+            header = _header(cells, path, faults)
+        elif faults:
+            yield origin, faults[0]
+        elif cells and header is not None:
+            yield origin, _cells(cells, header, origin)
 
 
-def _header(cells: list[str], path: Path) -> list[str]:
+def _collecting(path: Path, faults: list[Fault]) -> Iterator[str]:
+    """The lines of a file; what is wrong with one is added to `faults`."""
+    for origin, line, fault in lines(path):
+        fault = fault or nul(line, origin)
+        if fault is not None:
+            faults.append(fault)
+        yield line.replace("\0", "")
+
+
+def _cells(cells: list[str], header: list[str], origin: str) -> dict[str, str] | Fault:
+    if len(cells) == len(header):
+        return dict(zip(header, cells, strict=True))
+    return Fault(
+        f"{origin}: has {len(cells)} fields, the header has {len(header)} ({', '.join(header)})."
+    )
+
+
+def _header(cells: list[str], path: Path, faults: list[Fault]) -> list[str]:
+    if faults:
+        raise faults[0]
     if len(set(cells)) != len(cells):
         raise UserError(f"{path}:1: a column name appears twice in the header: {', '.join(cells)}.")
     return cells
 
 
-def _read_txt(path: Path) -> Iterator[Row]:
-    for origin, line in _lines(path):
+def _read_txt(path: Path) -> Iterator[RowOrFault]:
+    for origin, line, fault in lines(path):
+        fault = fault or nul(line, origin)
         text = line.rstrip("\r\n")
-        if text.strip():
+        if fault is not None:
+            yield origin, fault
+        elif text.strip():
             yield origin, {"text": text}
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow.parquet
-
-    with _arrow_errors(path), pyarrow.parquet.ParquetFile(path) as file:
-        yield from _batches(path, file.iter_batches(batch_size=1000))
-
-
-def _read_arrow(path: Path) -> Iterator[Row]:
-    import pyarrow as pa
-
-    with _arrow_errors(path), pa.memory_map(str(path)) as source:
-        try:
-            batches: Any = pa.ipc.open_stream(source)
-        except pa.ArrowInvalid:
-            file = pa.ipc.open_file(source)
-            batches = (file.get_batch(index) for index in range(file.num_record_batches))
-        yield from _batches(path, batches)
-
-
-def _batches(path: Path, batches: Any) -> Iterator[Row]:
-    number = 0
-    for batch in batches:
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{path}:row {number}", row
-
-
-class _arrow_errors:
-    """Turns pyarrow's errors into one line naming the file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        import pyarrow as pa
-
-        if isinstance(error, pa.ArrowException):
-            raise UserError(f"{self.path}: cannot be read: {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".ndjson": _read_jsonl,
+READERS: dict[str, Callable[[Path], Iterator[RowOrFault]]] = {
+    ".json": read_json,
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
     ".csv": _read_csv,
     ".txt": _read_txt,
-    ".parquet": _read_parquet,
-    ".arrow": _read_arrow,
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
 }
+KINDS = {"json": ".json", "csv": ".csv", "parquet": ".parquet", "text": ".txt", "arrow": ".arrow"}
+"""What `ds_type` calls a format: its suffix."""

@@ -1,12 +1,11 @@
 """The account of a preparation: what became of every row, what the tables hold."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxlora.core.errors import UserError
 from jaxlora.data.packing import best_fit, efficiency
 from jaxlora.data.spec import DataOptions
 from jaxlora.data.table import TokenTable
@@ -17,7 +16,10 @@ NOTHING_TRAINED, EMPTY, DUPLICATE = "no trained token", "empty text", "duplicate
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What became of one data set's rows: ``kept + sum(dropped.values()) == read``."""
+    """What became of one data set's rows: ``kept + sum(dropped.values()) == read``.
+
+    dropped: rows by reason; first: where the first of them is. Truncated rows are kept ones.
+    """
 
     path: str
     split: str
@@ -26,6 +28,7 @@ class SourceReport:
     dropped: dict[str, int]
     truncated: int
     examples: int
+    first: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,17 +56,6 @@ class Report:
     evaluation: TableReport | None
     cached: bool
     folder: str
-
-
-def refuse_nothing(report: SourceReport) -> None:
-    """Refuses a data set without rows, or without one that can be trained on."""
-    if report.read == 0:
-        raise UserError(f"datasets: {report.path} (split {report.split}) holds no row.")
-    if report.kept == 0:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
-        raise UserError(
-            f"datasets: no row of {report.path} can be trained on: {report.read} read, {reasons}."
-        )
 
 
 def table_report(folder: Path, options: DataOptions, packed: bool) -> dict[str, Any]:

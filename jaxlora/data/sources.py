@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxlora.core.errors import UserError, did_you_mean
-from jaxlora.data.readers import READERS, Row, read_rows, suffix
+from jaxlora.data.lines import Row, RowOrFault
+from jaxlora.data.readers import READERS, scan_rows, suffix, without_faults
 from jaxlora.data.spec import DatasetSpec
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
@@ -26,9 +27,14 @@ def rows(spec: DatasetSpec) -> Iterator[Row]:
     Raises:
         UserError: nothing is found at the path, or a row cannot be read (file and line named).
     """
+    yield from without_faults(scan(spec))
+
+
+def scan(spec: DatasetSpec) -> Iterator[RowOrFault]:
+    """As `rows`, but what is wrong with one row comes in its place (`readers.scan_rows`)."""
     name, start, stop = _parse_split(spec)
     if is_local(spec):
-        found: Iterator[Row] = _local_rows(files(spec))
+        found: Iterator[RowOrFault] = _local_rows(files(spec))
     else:
         found = _hub_rows(spec, name)
     if start is None and stop is None:
@@ -54,6 +60,8 @@ def is_local(spec: DatasetSpec) -> bool:
     path = Path(spec.path).expanduser()
     if path.exists():
         return True
+    if path.is_symlink():
+        raise UserError(f"datasets: {spec.path} is a symbolic link that leads nowhere.")
     looks_local = spec.path.startswith((".", "/", "~")) or suffix(path) in READERS
     if looks_local or not _HUB_ID.fullmatch(spec.path):
         beside = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -91,6 +99,9 @@ def digest(spec: DatasetSpec) -> str:
     total = hashlib.sha256()
     for path in files(spec):
         try:
+            if not path.is_file():
+                # A pipe would keep us waiting.
+                raise UserError(f"{path}: is not a regular file.")
             with open(path, "rb") as file:
                 total.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
@@ -98,9 +109,9 @@ def digest(spec: DatasetSpec) -> str:
     return total.hexdigest()
 
 
-def _local_rows(paths: list[Path]) -> Iterator[Row]:
+def _local_rows(paths: list[Path]) -> Iterator[RowOrFault]:
     for path in paths:
-        yield from read_rows(path)
+        yield from scan_rows(path)
 
 
 def _matching(base: Path, name: str) -> list[Path]:

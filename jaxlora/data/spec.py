@@ -109,7 +109,8 @@ class DataOptions:
 
     `val_set_size` below 1 is the share of the rows held out, from 1 on their number. `deduplicate`
     leaves out rows whose tokens an earlier row has, in held-out data those of training data too.
-    `labels` are those of data sets of type `classification`.
+    `labels` are those of data sets of type `classification`. A row that cannot be used is an
+    error, or skipped while at most `max_bad_rows` of a data set's are bad.
     """
 
     sequence_len: int
@@ -127,6 +128,8 @@ class DataOptions:
     min_sample_len: int = 0
     deduplicate: bool = False
     labels: Labels | None = None
+    on_bad_row: Literal["error", "skip"] = "error"
+    max_bad_rows: float = 0.01
 
     def __post_init__(self) -> None:
         if self.sequence_len < 2:
@@ -137,6 +140,11 @@ class DataOptions:
             raise UserError(
                 f"val_set_size: {self.val_set_size} is neither a share below 1 nor a whole number "
                 "of rows."
+            )
+        if self.on_bad_row not in ("error", "skip") or not 0 <= self.max_bad_rows <= 1:
+            raise UserError(
+                f'on_bad_row: "{self.on_bad_row}" with max_bad_rows {self.max_bad_rows}; expected '
+                "error or skip, and a share of the rows from 0 to 1."
             )
         if self.excess_length_strategy not in ("drop", "truncate", "raise"):
             raise UserError(

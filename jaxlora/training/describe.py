@@ -57,7 +57,7 @@ def preview(table: TokenTable, index: int, tokenizer: Any, labels: Sequence[str]
 def _describe_source(source: SourceReport) -> str:
     text = f"data: {source.path} [{source.split}]: {source.kept:,} of {source.read:,} rows kept"
     for reason, rows in source.dropped.items():
-        text += f", {rows:,} dropped ({reason})"
+        text += f", {rows:,} dropped ({reason}; first {source.first[reason]})"
     return text + (f", {source.truncated:,} truncated" if source.truncated else "")
 
 
