@@ -13,6 +13,7 @@ Message = dict[str, Any]
 KNOWN_ENDS = (
     *("</s>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_turn|>", "<end_of_turn>"),
     *("<turn|>", "<|END_OF_TURN_TOKEN|>", "<|end|>", "<|EOT|>", "<|endoftext|>", "<|eot|>"),
+    *("<|eom|>", "[|endofturn|]", "<\uff5cend\u2581of\u2581sentence\uff5c>"),
 )
 # Keys whose values a template compares with words; all other texts are what somebody wrote.
 _WORDS = {"role", "type", "id", "tool_call_id", "name"}
@@ -67,15 +68,17 @@ class ChatTemplate:
         """The rendered text, and where in it the messages at `indices` are.
 
         First by rendering the conversation up to each turn and checking that this is how the
-        whole text starts; else by `{% generation %}` markers; else by where the contents are.
+        whole text starts; else by `{% generation %}` markers; else from where generation would
+        start to an end token, if a turn at the end ends so; else by where the contents are.
 
         Raises:
-            TemplateError: none of the three finds every turn.
+            TemplateError: none of the four finds every turn.
         """
         full = self.render(messages, tools=tools)
         found = (
             self._by_prefix(full, messages, indices, tools)
             or self._by_markers(messages, indices, tools)
+            or self._by_start(full, messages, indices, tools)
             or self._by_content(full, messages, indices, tools)
         )
         if found is None:
@@ -188,6 +191,26 @@ class ChatTemplate:
         if len(blocks) != len(answers) or not set(indices) <= set(answers):
             return None
         return [self._turn(text, *blocks[answers.index(i)]) for i in indices]
+
+    def _by_start(
+        self, full: str, messages: Sequence[Message], indices: Sequence[int], tools: Any
+    ) -> list[Turn] | None:
+        """For templates that write less of an answer once more follows (its thoughts go)."""
+        ends = re.compile("|".join(map(re.escape, self.ends)))
+        turns = []
+        for i in indices if self._writes_prompt else ():
+            before = self.render(messages[:i], add_generation_prompt=True, tools=tools)
+            alone = self.render(messages[: i + 1], tools=tools)
+            if not (full.startswith(before) and alone.startswith(before)):
+                return None
+            # What is left of the answer is how it ends where nothing follows.
+            alone, start = alone[len(before) :].rstrip(), len(before)
+            spans = (end.span() for end in ends.finditer(full, start))
+            span = next((each for each in spans if alone.endswith(full[start : each[1]])), None)
+            if span is None:
+                return None
+            turns.append(Turn(start, *span))
+        return turns or None
 
     def _by_content(
         self, full: str, messages: Sequence[Message], indices: Sequence[int], tools: Any

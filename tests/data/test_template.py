@@ -6,7 +6,8 @@ import pytest
 
 from jaxlora.data.encode import Rendered, encode
 from jaxlora.data.template import ChatTemplate, TemplateError
-from jaxlora.data.tokenizer import NAMED_TEMPLATES, Encoder
+from jaxlora.data.templates import NAMED_TEMPLATES
+from jaxlora.data.tokenizer import Encoder
 
 CASES = Path(__file__).resolve().parents[3] / "shared" / "data/chat/chat_template_cases.json"
 

@@ -1,8 +1,8 @@
 import pytest
 
 from jaxlora.core.errors import UserError
+from jaxlora.data.templates import NAMED_TEMPLATES
 from jaxlora.data.tokenizer import (
-    NAMED_TEMPLATES,
     Encoder,
     load_tokenizer,
     pad_id,

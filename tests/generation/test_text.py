@@ -4,7 +4,7 @@ import pytest
 
 from jaxlora.data.chat import template_of
 from jaxlora.data.new_tokens import NewTokens, extend_tokenizer
-from jaxlora.data.tokenizer import LLAMA3, load_tokenizer
+from jaxlora.data.tokenizer import load_tokenizer
 from jaxlora.generation.text import answer_text, end_ids, pieces
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "tokenizers"
@@ -80,4 +80,4 @@ def test_the_end_of_a_turn_ends_an_answer(tokenizer, tmp_path):
     llama3 = extend_tokenizer(load_tokenizer(tmp_path), new).tokenizer
     turn = llama3.convert_tokens_to_ids("<|eot_id|>")
     # The template never writes <|im_end|>, so that token is no end here.
-    assert end_ids(llama3, template_of(llama3, LLAMA3)) == (llama3.eos_token_id, turn)
+    assert end_ids(llama3, template_of(llama3, "llama3")) == (llama3.eos_token_id, turn)
