@@ -48,9 +48,8 @@ class Turns:
     def jinja(self) -> str:
         """The template.
 
-        >>> print(Turns({"user": "Q: {content}"}, prompt=" A:").jinja[-200:])
-        {% else %}{{ raise_exception('no turn for the role ' + message['role']) }}{% endif %}\
-{% endfor %}{% if add_generation_prompt %}{{ ' A:' }}{% endif %}
+        >>> Turns({"user": "Q: {content}"}, prompt=" A:").jinja[-64:]
+        "{% endfor %}{% if add_generation_prompt %}{{ ' A:' }}{% endif %}"
         """
         head, turns = written(self.start), "messages"
         if self.system is not None or self.first_user is not None:
