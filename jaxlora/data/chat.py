@@ -49,6 +49,20 @@ def prompt_ids(
     return list(encoder.with_offsets([text])[0].ids)
 
 
+def check_ends(spec: DatasetSpec, template: ChatTemplate) -> None:
+    """Checks that one token is not to be trained in two ways.
+
+    Raises:
+        UserError: train_on_eos and train_on_eot differ, and eot_tokens holds the eos_token.
+    """
+    eos_token, eos, eot = template.variables.get("eos_token"), spec.train_on_eos, spec.train_on_eot
+    if eot not in (None, eos) and eos_token in template.eot_tokens:
+        raise UserError(
+            f"datasets: train_on_eos ({eos}) and train_on_eot ({eot}) of {spec.path} differ, but "
+            f"eot_tokens holds the eos_token {eos_token}; set only one."
+        )
+
+
 def chat(
     row: Mapping[str, Any],
     origin: str,
@@ -118,11 +132,6 @@ class _Ends:
     def of(cls, spec: DatasetSpec, template: ChatTemplate, encoder: Encoder) -> "_Ends":
         eos_token = template.variables.get("eos_token")
         eot = spec.train_on_eos if spec.train_on_eot is None else spec.train_on_eot
-        if eot != spec.train_on_eos and eos_token in template.eot_tokens:
-            raise UserError(
-                f"datasets: train_on_eos ({spec.train_on_eos}) and train_on_eot ({eot}) of "
-                f"{spec.path} differ, but eot_tokens holds the eos_token {eos_token}; set only one."
-            )
         known = tuple(each for each in template.ends if each in encoder.special_texts)
         return cls(spec.train_on_eos, eot, eos_token, template.eot_tokens, known)
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxlora.core.errors import UserError
 from jaxlora.data import cache
 from jaxlora.data.account import Account, drafted
-from jaxlora.data.chat import Dropped, chat, template_of
+from jaxlora.data.chat import Dropped, chat, check_ends, template_of
 from jaxlora.data.encode import Draftable, Example, Pieces, cut, encode, too_long
 from jaxlora.data.instructions import INSTRUCTIONS
 from jaxlora.data.labels import labelled_examples
@@ -129,6 +129,7 @@ def drafter(
     template = template_of(
         encoder.tokenizer, talk.chat_template or options.chat_template, options.eot_tokens
     )
+    check_ends(talk, template)
     return partial(chat, spec=talk, template=template, encoder=encoder, train_on_inputs=inputs)
 
 

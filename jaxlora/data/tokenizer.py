@@ -10,8 +10,12 @@ from typing import Any
 
 from jaxlora.core.errors import UserError, did_you_mean
 from jaxlora.data.templates import NAMED_TEMPLATES
+from jaxlora.data.tokenizer_files import tokenizer_of_model_file
 
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tiktoken.model", "vocab.json"),
+    "tokenizer_config.json",
+)
 
 _OWN, _FALLBACK = "tokenizer_default", "tokenizer_default_fallback_"
 
@@ -30,6 +34,9 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> Any:
         raise UserError(f"{path}: holds no tokenizer; expected one of {', '.join(_FILES)}.")
     if gguf is None and not folder.is_dir() and str(path).startswith((".", "/", "~")):
         raise UserError(f"{path}: there is no such folder to load a tokenizer from.")
+    own = tokenizer_of_model_file(folder) if folder.is_dir() else None
+    if own is not None:
+        return own
     source = str(folder) if folder.is_dir() else str(path)
     options: dict[str, Any] = {"revision": revision or "main"}
     if gguf is not None:

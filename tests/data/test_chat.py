@@ -3,7 +3,7 @@ import json
 import pytest
 
 from jaxlora.core.errors import UserError
-from jaxlora.data.chat import UNSAFE, Dropped, chat, prompt_ids, template_of
+from jaxlora.data.chat import UNSAFE, Dropped, chat, check_ends, prompt_ids, template_of
 from jaxlora.data.conversation import conversation
 from jaxlora.data.encode import encode
 from jaxlora.data.spec import DatasetSpec
@@ -266,7 +266,10 @@ def test_without_eot_tokens_the_eos_token_is_both(tokenizer):
     settings = {"train_on_eos": "none", "train_on_eot": "turn"}
     assert learned(tokenizer, row, EOS_TEMPLATE, **settings) == ["A1</s>", "A2</s>"]
     with pytest.raises(UserError, match="differ, but eot_tokens holds the eos_token </s>"):
-        learned(tokenizer, row, EOS_TEMPLATE, eot_tokens=("</s>",), **settings)
+        check_ends(
+            DatasetSpec("f", "chat_template", **settings),
+            template_of(tokenizer, EOS_TEMPLATE, ("</s>",)),
+        )
 
 
 def test_roles_to_train_may_be_the_files_own_words(tokenizer):
