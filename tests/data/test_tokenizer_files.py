@@ -91,6 +91,15 @@ def test_mistrals_ids_are_its_own_tools(shared):
             assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected
 
 
+def test_mistrals_ids_are_sentencepieces_own(shared):
+    """Its model has pieces of several spaces, which tiny ones lack."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = shared / "tokenizers/mistral-v3"
+    expected = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+    found = Encoder(load_tokenizer(folder)).ids(TEXTS)
+    assert found == [expected.encode(text) for text in TEXTS]
+
+
 def test_names_further_tokens_and_template_come_from_the_config(tmp_path, lines):
     size = trained_model(tmp_path, lines, **KINDS["llama"]).vocab_size()
     config = {
