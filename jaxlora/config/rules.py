@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from jaxlora.config import derived
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError, did_you_mean
+from jaxlora.data.tokenizer import unknown_template
 from jaxlora.lora.initializers import changes_base, check_init
 
 Path = tuple[str | int, ...]
@@ -60,6 +61,8 @@ def _templates(config: Config) -> Iterator[Problem]:
         if name == "jinja" and text is None:
             problem = "jinja needs chat_template_jinja, a template or the path of one"
             yield Problem((*path, "chat_template"), problem, ("chat_template_jinja",))
+        elif name not in (None, "jinja") and (problem := unknown_template(name)):
+            yield Problem((*path, "chat_template"), problem.removesuffix("."))
         if text is not None and name not in (None, "jinja"):
             problem = f"set chat_template: jinja with it, not {name}"
             yield Problem((*path, "chat_template_jinja"), problem, ("chat_template",))

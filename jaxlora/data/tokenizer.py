@@ -117,10 +117,24 @@ def template_text(tokenizer: Any, choice: str | None = None) -> str:
     path = Path(choice).expanduser()
     if path.suffix in (".jinja", ".j2") and path.is_file():
         return path.read_text(encoding="utf-8")
+    raise UserError(f"chat_template: {unknown_template(choice) or f'{choice}: no such file.'}")
+
+
+def unknown_template(choice: str) -> str | None:
+    """What is wrong with a chat template choice that is no name; None where it may be one.
+
+    >>> unknown_template("lama3")[-22:]
+    'Did you mean "llama3"?'
+    """
+    name = choice.removeprefix(_FALLBACK)
+    if name in (_OWN, *NAMED_TEMPLATES) or "{{" in name or "{%" in name:
+        return None
+    if Path(name).suffix in (".jinja", ".j2"):
+        return None
     names = (_OWN, *NAMED_TEMPLATES)
-    raise UserError(
-        f'chat_template: "{choice}" is not known; expected one of {", ".join(names)}, a .jinja '
-        f"file, or jinja text.{did_you_mean(choice, names)}"
+    return (
+        f'"{name}" is not known; expected one of {", ".join(names)}, a .jinja file, or jinja text.'
+        f"{did_you_mean(name, names)}"
     )
 
 

@@ -73,6 +73,8 @@ CONFLICTS = [
     ("remat", {"remat": "none", "gradient_checkpointing": True}),
     ("remat", {"remat": "full", "gradient_checkpointing": False}),
     ("chat_template", {"chat_template": "jinja"}),
+    ("chat_template", {"chat_template": "lama3"}),
+    ("chat_template", {"chat_template": "tokenizer_default_fallback_lama3"}),
     ("chat_template_jinja", {"chat_template": "chatml", "chat_template_jinja": "{{x}}"}),
     (
         "datasets[0].chat_template",
