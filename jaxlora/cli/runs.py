@@ -24,6 +24,9 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument("--adapter", help="adapter to score; default: the one in output_dir")
     preprocess = add("preprocess", _preprocess, "Tokenize the data and show it.")
     preprocess.add_argument("--preview", type=int, default=1, help="examples to show (default 1)")
+    preprocess.add_argument(
+        "--explain", action="store_true", help="say why earlier tokens could not be used"
+    )
 
 
 def _train(options: argparse.Namespace) -> int | None:
@@ -52,11 +55,13 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _preprocess(options: argparse.Namespace) -> None:
     from jaxlora import api
-    from jaxlora.training.describe import describe_report, preview
+    from jaxlora.training.describe import describe_report, explain, preview
 
     prepared, tokenizer = api.preprocess(options.config, *options.overrides)
     print(describe_report(prepared.report))
     print(f"cache: {prepared.report.folder}")
+    if options.explain:
+        print(explain(prepared.report))
     for number in range(min(options.preview, len(prepared.train))):
         print(f"\nexample {number + 1}; trained text is between [ and ]:")
         print(preview(prepared.train, number, tokenizer, list(prepared.report.train.labels or ())))

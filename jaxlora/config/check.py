@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from jaxlora.config import rules
 from jaxlora.config.datasets import LEGACY_KEYS, DatasetConfig
 from jaxlora.config.keys import DATASET_REFUSED, IMPLIED, MAPPED, NO_OP, REFUSED, SYNONYMS
+from jaxlora.config.problem import Path, Problem
 from jaxlora.config.roles import is_live, refusal
-from jaxlora.config.rules import Path, Problem
 from jaxlora.config.schema import Config
 from jaxlora.config.values import Section
 from jaxlora.config.wording import expected, section_of

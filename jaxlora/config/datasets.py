@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from jaxlora.config.values import Count, Flag, Section, Text, Whole
+from jaxlora.config.values import Count, Flag, Natural, Section, Size, Text, Whole
 from jaxlora.data.spec import TOKENIZED, TYPES, expected_types
 
 TYPE_ALIASES = {
@@ -105,7 +105,13 @@ class DatasetConfig(Section):
     data_files: Text | tuple[Text, ...] | None = None
     """File or files inside `path` to read."""
     ds_type: Literal["json", "csv", "parquet", "text"] | None = None
-    """Accepted and not used: the suffix of a file tells its format."""
+    """Format of files whose names do not tell it."""
+    shards: Size | None = None
+    """Reads every `shards`-th row only."""
+    shards_idx: Natural = 0
+    """The row of every `shards` that is read, from 0."""
+    preprocess_shards: Size | None = None
+    """Accepted and not used: rows are never read all at once."""
     field: Text = "text"
     """Column with the text (`completion`, `classification`)."""
     field_pair: Text | None = None

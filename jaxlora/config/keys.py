@@ -159,7 +159,6 @@ _REFUSED = {
 
 _DATASET_REFUSED = {
     "not available; leave it out": "temperature logprobs_field",
-    "not available; use split, for instance train[:10%]": "shards shards_idx preprocess_shards",
     "no code of others is ever run": "trust_remote_code input_transform",
     "not available; use type: chat_template and message_property_mappings": """conversation
         field_human field_model input_format""",

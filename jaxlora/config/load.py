@@ -10,7 +10,7 @@ import yaml
 from jaxlora.config.check import check, examine, line_of
 from jaxlora.config.document import Document, Dumper, plain, read
 from jaxlora.config.overrides import apply_overrides, flag, parse_overrides
-from jaxlora.config.rules import Path, Problem
+from jaxlora.config.problem import Path, Problem
 from jaxlora.config.schema import Config
 
 # Keys that may name a local file or folder.

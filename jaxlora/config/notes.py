@@ -37,8 +37,8 @@ def read_as(key: str) -> str | None:
 def _data(config: Config) -> Iterator[str]:
     for key in ("datasets", "test_datasets"):
         for i, entry in enumerate(getattr(config, key)):
-            if entry.ds_type is not None:
-                yield f"{key}[{i}].ds_type: no effect: the suffix of a file tells its format"
+            if entry.preprocess_shards is not None:
+                yield f"{key}[{i}].preprocess_shards: no effect: rows are never read all at once"
     if config.pretraining_dataset:
         yield "pretraining_dataset: read as datasets of type completion; whole, not streamed"
     if config.evals_per_epoch and not derived.has_held_out(config):

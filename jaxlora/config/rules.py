@@ -1,33 +1,23 @@
 """Rules between keys (Axolotl's validation); each yields the problems it finds."""
 
-import dataclasses
 import re
 from collections.abc import Iterator
 
 from jaxlora.config import derived
+from jaxlora.config.problem import Problem
 from jaxlora.config.schema import Config
+from jaxlora.config.source_rules import mixing, shards
 from jaxlora.core.errors import UserError, did_you_mean
 from jaxlora.data.tokenizer import unknown_template
 from jaxlora.lora.initializers import changes_base, check_init
 
-Path = tuple[str | int, ...]
-
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """A mistake in the file: `path` of the key, what is wrong, and the other keys it concerns."""
-
-    path: Path
-    text: str
-    others: tuple[str, ...] = ()
 
 
 def problems(config: Config) -> list[Problem]:
     """Returns every broken rule, in the order of the rules."""
     rules = (_tokens, _data, _templates, _held_out, _labels, _cadence, _batch, _length, _adapter)
-    rules = (*rules, _start, _quantization, _training)
+    rules = (*rules, _start, _quantization, _training, mixing, shards)
     return [problem for rule in rules for problem in rule(config)]
 
 

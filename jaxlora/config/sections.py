@@ -162,6 +162,12 @@ class DataKeys(Section):
     """Tokens in a row."""
     excess_length_strategy: Literal["drop", "truncate", "raise"] = "drop"
     """What becomes of an example longer than `sequence_len`."""
+    dataset_mixing_strategy: Literal["concatenate", "interleave"] = "concatenate"
+    """Every row of `datasets` once in an epoch, or the shares of `mixing_weights`."""
+    mixing_weights: tuple[Positive, ...] = ()
+    """Share of each data set in an interleaved epoch, in any unit; empty: equal shares."""
+    mixing_stops: Literal["first_exhausted", "all_exhausted"] = "first_exhausted"
+    """(jaxlora) What ends an interleaved epoch: the first data set read whole, or all of them."""
     on_bad_row: Literal["error", "skip"] = "error"
     """(jaxlora) A row that cannot be used stops the run, or is left out and counted."""
     max_bad_rows: Share = 0.01

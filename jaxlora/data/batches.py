@@ -17,8 +17,9 @@ class Batches:
     """The batches of every epoch, each [accumulation, rows, T].
 
     T is `sequence_len` with packing or `pad`, else the longest example rounded up to a multiple of
-    64 (one shape, so one compilation). Each epoch holds each example once; the rows that the last
-    batch lacks are empty (segment id 0, weight 0).
+    64 (one shape, so one compilation). Each epoch holds each example once, or those that `examples`
+    lists, in that order without `shuffle`; the rows that the last batch lacks are empty (segment
+    id 0, weight 0).
     """
 
     def __init__(
@@ -36,10 +37,11 @@ class Batches:
         vocab_size: int | None = None,
         masking: Masking | None = None,
         token_types: bool = False,
+        examples: NDArray[np.int64] | None = None,
     ) -> None:
-        lengths = table.lengths
         if not len(table):
             raise UserError("the data set has no example to train on.")
+        lengths = table.lengths if examples is None else table.lengths[examples]
         longest = int(lengths.max())
         if longest > sequence_len:
             raise UserError(
@@ -51,7 +53,8 @@ class Batches:
         self.masking, self.token_types = masking, token_types
         rounded = math.ceil(longest / _ROUND_TO) * _ROUND_TO
         self.length = sequence_len if packing or pad else min(rounded, sequence_len)
-        self.plan: Plan = best_fit(lengths, self.length, seed) if packing else one_each(len(table))
+        plan: Plan = best_fit(lengths, self.length, seed) if packing else one_each(len(lengths))
+        self.plan = plan if examples is None else Plan(examples[plan.items], plan.offsets)
         self.steps_per_epoch = math.ceil(len(self.plan) / (rows * accumulation))
         self._order: tuple[int, NDArray[np.int64]] | None = None
 
@@ -80,7 +83,7 @@ class Batches:
             arrays["token_types"] = np.zeros(shape, np.int32)
         for row, planned in enumerate(chosen):
             self._fill({name: array[row] for name, array in arrays.items()}, int(planned))
-        self._check(arrays["tokens"], step)
+        self._check(arrays, step)
         full = (self.accumulation, self.rows, self.length)
         whole = {name: array.reshape(full) for name, array in arrays.items()}
         return whole if self.masking is None else self.masking(whole, step)
@@ -110,12 +113,19 @@ class Batches:
             self._order = (epoch, order)
         return self._order[1]
 
-    def _check(self, tokens: NDArray[np.int32], step: int) -> None:
+    def _check(self, batch: dict[str, NDArray], step: int) -> None:
+        """Refuses what a device would clamp in silence, or learn as noise."""
         if self.vocab_size is None:
             return
-        low, high = int(tokens.min()), int(tokens.max())
-        if low < 0 or high >= self.vocab_size:
-            raise UserError(
-                f"batch {step} holds token id {low if low < 0 else high}, outside the "
-                f"vocabulary of {self.vocab_size}; the data cache is damaged or not this model's."
-            )
+        for name in ("tokens", "targets"):
+            low, high = int(batch[name].min()), int(batch[name].max())
+            if low < 0 or high >= self.vocab_size:
+                raise UserError(
+                    f"batch {step} holds token id {low if low < 0 else high}, outside the "
+                    f"vocabulary of {self.vocab_size}; the data cache is damaged or not this "
+                    "model's."
+                )
+        weights = batch["weights"]
+        if not ((weights == 0) | (weights == 1)).all() or not weights.any():
+            kind = "weights other than 0 and 1" if weights.any() else "no trained token"
+            raise UserError(f"batch {step} holds {kind}; the data cache is damaged.")

@@ -10,8 +10,7 @@ from typing import Any
 
 from jaxlora.core.errors import UserError
 
-# Part of every key; raise it when the same input would give another table.
-FORMAT = 1
+_PARTS = "key.json"
 
 
 def default_folder() -> Path:
@@ -26,16 +25,59 @@ def key_of(parts: Mapping[str, Any]) -> str:
     >>> key_of({"a": 1, "b": 2}) == key_of({"b": 2, "a": 1})
     True
     """
-    text = json.dumps({"format": FORMAT, **parts}, sort_keys=True)
+    text = json.dumps(parts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def differences(root: Path, parts: Mapping[str, Any]) -> tuple[str, ...]:
+    """Which parts of a key no entry has: those that differ from the most similar entry.
+
+    Returns:
+        Lines such as ``options.sequence_len: 32, was 64``; none where there is no entry at all.
+    """
+    wanted = _flat(json.loads(json.dumps(parts)))
+    nearest: list[tuple[str, ...]] = []
+    for file in sorted(root.glob(f"*/{_PARTS}")):
+        try:
+            there = _flat(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            continue
+        names = sorted(name for name in {*wanted, *there} if wanted.get(name) != there.get(name))
+        nearest.append(tuple(_change(n, wanted.get(n), there.get(n)) for n in names))
+    return min(nearest, key=len, default=())
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """The leaves of nested mappings and lists by their path, ``train[0].path``."""
+    if isinstance(value, Mapping) and value:
+        dot = name and f"{name}."
+        parts = ((f"{dot}{key}", each) for key, each in value.items())
+    elif isinstance(value, list) and value:
+        parts = ((f"{name}[{i}]", each) for i, each in enumerate(value))
+    else:
+        return {name: value}
+    return {path: leaf for part, each in parts for path, leaf in _flat(each, part).items()}
+
+
+def _change(name: str, now: Any, before: Any) -> str:
+    if name.startswith("code.jaxlora"):
+        return "the code of jaxlora that prepares data"
+    if name.endswith(("digest", "template", "tokenizer")):
+        what = "the rows of " + name.removesuffix(".digest") if "digest" in name else name
+        return f"{what} (other content)"
+    return f"{name}: {now}, was {before}"
+
+
 def open_or_build(
-    root: Path, key: str, build: Callable[[Path], Mapping[str, Any]]
+    root: Path,
+    key: str,
+    build: Callable[[Path], Mapping[str, Any]],
+    parts: Mapping[str, Any] | None = None,
 ) -> tuple[Path, dict[str, Any], bool]:
     """Returns ``(folder, meta, found)`` of an entry, building it when it is not there.
 
-    `build(folder)` writes its files and returns the meta data. The work is done in a folder of
+    `build(folder)` writes its files and returns the meta data; `parts`, what the key was made of,
+    is kept beside them for `differences`. The work is done in a folder of
     another name that is synced and renamed at the end, so a killed build leaves no usable half.
 
     Raises:
@@ -51,6 +93,7 @@ def open_or_build(
     try:
         building.mkdir()
         built = dict(build(building))
+        (building / _PARTS).write_text(json.dumps(parts, indent=1), encoding="utf-8")
         built["files"] = {
             str(path.relative_to(building)): path.stat().st_size
             for path in sorted(building.rglob("*"))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-import math
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,8 @@ from jaxlora.data import cache
 from jaxlora.data.account import Account, drafted
 from jaxlora.data.chat import Dropped, chat, check_ends, template_of
 from jaxlora.data.encode import Draftable, Example, Pieces, cut, encode, too_long
+from jaxlora.data.held_out import hold_out
+from jaxlora.data.identity import key_parts, refuse_changed, stamps
 from jaxlora.data.instructions import INSTRUCTIONS
 from jaxlora.data.labels import labelled_examples
 from jaxlora.data.prompts import CustomPrompt, Instruction, completion, input_output
@@ -31,11 +33,11 @@ from jaxlora.data.report import (
     TableReport,
     table_report,
 )
-from jaxlora.data.sources import digest, scan
+from jaxlora.data.sources import scan
 from jaxlora.data.spec import TOKENIZED, DataOptions, DatasetSpec
-from jaxlora.data.table import TableWriter, TokenTable
+from jaxlora.data.table import TableWriter, TokenTable, tables_digest
 from jaxlora.data.tokenized import tokenized
-from jaxlora.data.tokenizer import Encoder, template_text, tokenizer_digest
+from jaxlora.data.tokenizer import Encoder
 
 # Rows encoded at once: enough for every core, little enough to hold.
 _CHUNK = 1000
@@ -46,12 +48,16 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Prepared:
-    """Tables to train on and to evaluate on; `fingerprint` changes with anything in them."""
+    """Tables to train on and to evaluate on; `fingerprint` is a digest of what is in them.
+
+    counts: examples of each data set in `train`, one data set after the other.
+    """
 
     train: TokenTable
     evaluation: TokenTable | None
     report: Report
     fingerprint: str
+    counts: tuple[int, ...]
 
 
 def prepare(
@@ -73,13 +79,18 @@ def prepare(
         raise UserError("datasets: none is given; expected at least one entry with path and type.")
     if test_specs and options.val_set_size:
         raise UserError("val_set_size and test_datasets exclude each other; keep one.")
-    key = _key(train_specs, test_specs, options, tokenizer)
-    root = options.dataset_prepared_path
-    folder, meta, cached = cache.open_or_build(
-        Path(root).expanduser() if root else cache.default_folder(),
-        key,
-        lambda out: _build(out, train_specs, test_specs, options, tokenizer, progress),
-    )
+    files = stamps([*train_specs, *test_specs])
+    parts = key_parts(train_specs, test_specs, options, tokenizer)
+    key, given = cache.key_of(parts), options.dataset_prepared_path
+    root = Path(given).expanduser() if given else cache.default_folder()
+    missed = () if (root / key).exists() else cache.differences(root, parts)
+
+    def build(out: Path) -> dict[str, Any]:
+        meta = _build(out, train_specs, test_specs, options, tokenizer, progress)
+        refuse_changed([*train_specs, *test_specs], files)
+        return meta
+
+    folder, meta, cached = cache.open_or_build(root, key, build, parts)
     evaluation = TokenTable.load(folder / "evaluation") if meta["evaluation"] else None
     report = Report(
         tuple(SourceReport(**each) for each in meta["train_sources"]),
@@ -88,8 +99,10 @@ def prepare(
         TableReport(**meta["evaluation"]) if meta["evaluation"] else None,
         cached,
         str(folder),
+        missed,
     )
-    return Prepared(TokenTable.load(folder / "train"), evaluation, report, key)
+    table = TokenTable.load(folder / "train")
+    return Prepared(table, evaluation, report, meta["digest"], tuple(meta["train_counts"]))
 
 
 def examples_of(
@@ -164,31 +177,6 @@ def _fit(
     return (examples, why) if examples else ([], NOTHING_TRAINED)
 
 
-def _key(
-    train_specs: Sequence[DatasetSpec],
-    test_specs: Sequence[DatasetSpec],
-    options: DataOptions,
-    tokenizer: Any,
-) -> str:
-    def described(spec: DatasetSpec) -> dict[str, Any]:
-        parts: dict[str, Any] = {**dataclasses.asdict(spec), "digest": digest(spec)}
-        if spec.chat is not None:
-            choice = spec.chat.chat_template or options.chat_template
-            parts["template"] = template_text(tokenizer, choice)
-        return parts
-
-    # Where the cache is does not change what is in it.
-    settings = dataclasses.asdict(dataclasses.replace(options, dataset_prepared_path=None))
-    return cache.key_of(
-        {
-            "train": [described(spec) for spec in train_specs],
-            "test": [described(spec) for spec in test_specs],
-            "options": settings,
-            "tokenizer": tokenizer_digest(tokenizer),
-        }
-    )
-
-
 def _build(
     out: Path,
     train_specs: Sequence[DatasetSpec],
@@ -204,16 +192,21 @@ def _build(
     test_reports: list[SourceReport] = []
     if test_specs:
         test_reports, _ = _write(out / "evaluation", test_specs, options, encoder, progress, seen)
-    elif held_out:
-        _hold_out(out, np.array(row_of), options)
+    counts = [report.examples for report in train_reports]
+    if held_out:
+        staying = hold_out(out, np.frombuffer(row_of, np.int64), options)
+        starts = np.cumsum([0, *counts[:-1]])
+        counts = np.add.reduceat(staying.astype(np.int64), starts).tolist()
     packed = options.sample_packing
     eval_packed = packed if options.eval_sample_packing is None else options.eval_sample_packing
     evaluation = None
     if test_specs or held_out:
         evaluation = table_report(out / "evaluation", options, eval_packed)
     return {
+        "digest": tables_digest(out),
         "train_sources": [dataclasses.asdict(each) for each in train_reports],
         "test_sources": [dataclasses.asdict(each) for each in test_reports],
+        "train_counts": counts,
         "train": table_report(out / "train", options, packed),
         "evaluation": evaluation,
     }
@@ -226,13 +219,13 @@ def _write(
     encoder: Encoder,
     progress: Progress | None,
     seen: set[bytes] | None,
-) -> tuple[list[SourceReport], list[int]]:
+) -> tuple[list[SourceReport], "array[int]"]:
     """Writes one table; returns the reports and the row number of each example.
 
     `seen` collects the rows so far, to leave out those that come again.
     """
     reports: list[SourceReport] = []
-    row_of: list[int] = []
+    row_of = array("q")
     tokens = 0
     with TableWriter(folder) as writer:
         for spec in specs:
@@ -260,26 +253,3 @@ def _again(examples: list[Example], seen: set[bytes]) -> bool:
     found = mark in seen
     seen.add(mark)
     return found
-
-
-def _hold_out(out: Path, row_of: np.ndarray, options: DataOptions) -> None:
-    """Moves `val_set_size` of the rows (whole rows, so no text is in both) to the evaluation."""
-    found, size = np.unique(row_of), options.val_set_size
-    count = int(size) if size >= 1 else math.ceil(len(found) * size)
-    if count >= len(found):
-        raise UserError(
-            f"val_set_size: {count} rows would be held out of {len(found)}; nothing would be left "
-            "to train on."
-        )
-    chosen = np.random.default_rng(options.seed).permutation(found)[:count]
-    held = np.isin(row_of, chosen)
-    everything = TokenTable.load(out / "train")
-    for name, mask in (("split", ~held), ("evaluation", held)):
-        with TableWriter(out / name) as writer:
-            for index in np.flatnonzero(mask).tolist():
-                writer.add(*everything[index], everything.label(index))
-    del everything
-    for file in (out / "train").iterdir():
-        file.unlink()
-    (out / "train").rmdir()
-    (out / "split").rename(out / "train")

@@ -48,7 +48,10 @@ class TableReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The account of a preparation; `cached` says that an earlier one was found."""
+    """The account of a preparation; `cached` says that an earlier one was found.
+
+    missed: where it was not, what differs from the most similar one, if there is any.
+    """
 
     train_sources: tuple[SourceReport, ...]
     test_sources: tuple[SourceReport, ...]
@@ -56,6 +59,7 @@ class Report:
     evaluation: TableReport | None
     cached: bool
     folder: str
+    missed: tuple[str, ...] = ()
 
 
 def table_report(folder: Path, options: DataOptions, packed: bool) -> dict[str, Any]:

@@ -32,9 +32,13 @@ def rows(spec: DatasetSpec) -> Iterator[Row]:
 
 def scan(spec: DatasetSpec) -> Iterator[RowOrFault]:
     """As `rows`, but what is wrong with one row comes in its place (`readers.scan_rows`)."""
+    yield from islice(_sliced(spec), spec.shards_idx, None, spec.shards)
+
+
+def _sliced(spec: DatasetSpec) -> Iterator[RowOrFault]:
     name, start, stop = _parse_split(spec)
     if is_local(spec):
-        found: Iterator[RowOrFault] = _local_rows(files(spec))
+        found: Iterator[RowOrFault] = _local_rows(files(spec), spec.ds_type)
     else:
         found = _hub_rows(spec, name)
     if start is None and stop is None:
@@ -87,7 +91,7 @@ def files(spec: DatasetSpec) -> list[Path]:
         base = root if root.is_dir() else root.parent
         return [path for name in names for path in _matching(base, name)]
     if root.is_dir():
-        return _folder(root, split)
+        return _folder(root, split, spec.ds_type is not None)
     return [root]
 
 
@@ -109,9 +113,9 @@ def digest(spec: DatasetSpec) -> str:
     return total.hexdigest()
 
 
-def _local_rows(paths: list[Path]) -> Iterator[RowOrFault]:
+def _local_rows(paths: list[Path], kind: str | None) -> Iterator[RowOrFault]:
     for path in paths:
-        yield from scan_rows(path)
+        yield from scan_rows(path, kind)
 
 
 def _matching(base: Path, name: str) -> list[Path]:
@@ -125,7 +129,7 @@ def _matching(base: Path, name: str) -> list[Path]:
     return found
 
 
-def _folder(root: Path, split: str) -> list[Path]:
+def _folder(root: Path, split: str, any_suffix: bool) -> list[Path]:
     # Our own and HF's metadata files are json too, but not rows.
     skip = {"dataset_info.json", "state.json", "dataset_dict.json"}
     found = sorted(
@@ -133,6 +137,8 @@ def _folder(root: Path, split: str) -> list[Path]:
         for path in root.rglob("*")
         if path.is_file() and suffix(path) in READERS and path.name not in skip
     )
+    if not found and any_suffix:
+        found = sorted(path for path in root.rglob("[!.]*") if path.is_file())
     if not found:
         raise UserError(f"datasets: {root} holds no data file ({', '.join(READERS)}).")
     chosen = [path for path in found if _split_of(path.relative_to(root)) == split]

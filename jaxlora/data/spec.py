@@ -27,16 +27,20 @@ _UNSET = {"train_on_eos": (), "train_on_eot": (None,)}
 class DatasetSpec:
     """One entry of `datasets:` or `test_datasets:`.
 
-    `type` is one of `TYPES`, or a mapping of `prompts.CustomPrompt`'s fields for any other
-    two-column data. `field` is the text column of `completion` and `classification`; `field_pair`
-    that of a second text, `field_label` that of the label. `roles` maps our role to the words the
-    file uses for it.
+    Of its rows every `shards`-th is read, from row `shards_idx` on. `ds_type` is the format of
+    files whose names do not tell it. `type` is one of `TYPES`, or a mapping of
+    `prompts.CustomPrompt`'s fields for any other two-column data. `field` is the text column
+    of `completion` and `classification`; `field_pair` that of a second text, `field_label` that of
+    the label. `roles` maps our role to the words the file uses for it.
     """
 
     path: str
     type: str | Mapping[str, Any] = "alpaca"
     split: str = "train"
     data_files: str | tuple[str, ...] | None = None
+    ds_type: str | None = None
+    shards: int = 1
+    shards_idx: int = 0
     name: str | None = None
     revision: str | None = None
     field: str | None = None
@@ -57,6 +61,11 @@ class DatasetSpec:
     drop_system_message: bool = False
 
     def __post_init__(self) -> None:
+        if not 0 <= self.shards_idx < self.shards:
+            raise UserError(
+                f"datasets: shards_idx {self.shards_idx} of {self.path} is not one of its "
+                f"{self.shards} shards; expected 0 to {self.shards - 1}."
+            )
         if isinstance(self.type, str) and self.type not in TYPES:
             raise UserError(
                 f'datasets: type "{self.type}" of {self.path} is not known; '

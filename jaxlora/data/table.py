@@ -1,5 +1,7 @@
 """Token ids and what to train on, for many examples in three flat arrays that can live on disk."""
 
+import hashlib
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -108,7 +110,7 @@ class TableWriter:
         self.folder = folder
         self.longest = 0
         self.trained_tokens = 0
-        self._lengths: list[int] = []
+        self._lengths = array("q")
         self._labels: list[tuple[int, int]] = []
         self._files = {name: (folder / f"{name}.npy").open("wb") for name in ("tokens", "trained")}
         for name, file in self._files.items():
@@ -155,6 +157,16 @@ class TableWriter:
         np.save(self.folder / "offsets.npy", offsets, allow_pickle=False)
         if self._labels:
             np.save(self.folder / _LABELS, np.array(self._labels, np.int32), allow_pickle=False)
+
+
+def tables_digest(folder: Path) -> str:
+    """A digest (hex) of every table in a folder: the same for the same examples in their order."""
+    total = hashlib.sha256()
+    for path in sorted(folder.rglob("*.npy")):
+        with path.open("rb") as file:
+            total.update(f"{path.relative_to(folder)} ".encode())
+            total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()[:32]
 
 
 def _write_header(file: Any, dtype: Any, length: int) -> None:

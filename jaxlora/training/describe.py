@@ -38,6 +38,16 @@ def describe_report(report: Report) -> str:
     return "\n".join(lines) + ("\n(tokens from the cache)" if report.cached else "")
 
 
+def explain(report: Report) -> str:
+    """Returns why earlier tokens could not be used, if so."""
+    if report.cached:
+        return "explain: the tokens were in the cache"
+    if not report.missed:
+        return "explain: there was no entry in the cache to compare with"
+    lines = (f"\n  {line}" for line in report.missed)
+    return f"explain: tokenized, as the nearest entry of the cache differs in{''.join(lines)}"
+
+
 def _counts(labels: Mapping[str, int] | None, most: int = 10) -> str:
     """How many examples each label has, of the first ones."""
     listed = [f"{count:,} {name}" for name, count in (labels or {}).items()]

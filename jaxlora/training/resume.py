@@ -64,6 +64,10 @@ def identity(plan: Plan) -> dict[str, Any]:
         "mlm_probability": batches.masking and batches.masking.probability,
         "sequence_len": config.sequence_len,
         "sample_packing": config.sample_packing,
+        "shuffle_merged_datasets": config.shuffle_merged_datasets and None,
+        "dataset_mixing_strategy": None
+        if config.dataset_mixing_strategy == "concatenate"
+        else [config.mixing_stops, *config.mixing_weights],
         "rows_per_step": batches.rows * batches.accumulation,
         "gradient_accumulation": batches.accumulation,
         "total_steps": plan.total_steps,

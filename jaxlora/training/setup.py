@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from numpy.typing import NDArray
 
 from jaxlora.checkpoints import hub
 from jaxlora.checkpoints.adapter import LoadedAdapter, read_adapter
@@ -19,6 +21,7 @@ from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError
 from jaxlora.data.batches import Batches
 from jaxlora.data.masking import Masking
+from jaxlora.data.mixing import interleave
 from jaxlora.data.prepare import Prepared, prepare
 from jaxlora.data.spec import Labels
 from jaxlora.data.table import check_vocabulary
@@ -214,6 +217,14 @@ def _objective(config: Config, model: Model) -> Masking | None:
     return Masking.of(model.tokenizer, probability=config.mlm_probability, seed=config.seed)
 
 
+def _mixed(config: Config, data: Prepared) -> NDArray[np.int64] | None:
+    """The examples of an epoch, None for each of them once."""
+    if config.dataset_mixing_strategy == "concatenate":
+        return None
+    seed = config.seed if config.shuffle_merged_datasets else None
+    return interleave(data.counts, config.mixing_weights or None, config.mixing_stops, seed)
+
+
 def make_plan(config: Config, say: Say = lambda text: None) -> Plan:
     """Opens the model, prepares the data and derives the length of the run.
 
@@ -253,6 +264,7 @@ def make_plan(config: Config, say: Say = lambda text: None) -> Plan:
         accumulation=derived.accumulation_steps(config, replicas),
         packing=config.sample_packing,
         shuffle=config.shuffle_merged_datasets,
+        examples=_mixed(config, data),
         **shared,
     )
     eval_batches = None

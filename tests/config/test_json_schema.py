@@ -75,7 +75,7 @@ REJECTED = [
     {"lr_scheduler": "cosin"},
     {"rl": "dpo"},
     {"context_parallel_size": 2},
-    {"datasets": [{"path": "x", "type": "alpaca", "shards": 4}]},
+    {"datasets": [{"path": "x", "type": "alpaca", "shards": 0}]},
     {"datasets": [{"path": "x", "type": "alpaca", "splt": "x"}]},
     {"datasets": [{"type": "alpaca"}]},
     {"mesh": {"tensr": 2}},

@@ -33,8 +33,8 @@ TARGETS = LORA | {"lora_target_linear": True}
             "bnb_config_kwargs.bnb_4bit_use_double_quant: no effect",
         ),
         (
-            MINIMAL | {"datasets": [{"path": "x", "type": "alpaca", "ds_type": "json"}]},
-            "datasets[0].ds_type: no effect",
+            MINIMAL | {"datasets": [{"path": "x", "type": "alpaca", "preprocess_shards": 4}]},
+            "datasets[0].preprocess_shards: no effect",
         ),
     ],
 )

@@ -18,7 +18,9 @@ FILE = LORA | {
     "deepspeed": None,
     "gptq": False,
     "wandb_name": None,
-    "datasets": [{"path": "x", "type": "alpaca", "ds_type": "json", "message_field_role": "from"}],
+    "datasets": [
+        {"path": "x", "type": "alpaca", "preprocess_shards": 2, "message_field_role": "from"}
+    ],
     "bnb_config_kwargs": {"bnb_4bit_compute_dtype": "bfloat16"},
 }
 
@@ -34,7 +36,7 @@ def test_every_key_of_a_file_has_its_role():
         "flash_attention",
         "fsdp_config",
         "gptq",
-        "datasets[0].ds_type",
+        "datasets[0].preprocess_shards",
         "bnb_config_kwargs.bnb_4bit_compute_dtype",
     }
     assert by_role[report.NOT_SET] == {"deepspeed", "wandb_name"}

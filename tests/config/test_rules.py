@@ -7,7 +7,13 @@ from jaxlora.core.errors import UserError
 QLORA = LORA | {"adapter": "qlora", "load_in_4bit": True}
 HELD_OUT = {"val_set_size": 0.1}
 LOFTQ = {"peft": {"loftq_config": {"loftq_bits": 4}}}
+ROWS = {"path": "x", "type": "alpaca"}
 CONFLICTS = [
+    ("mixing_weights", {"mixing_weights": [1]}),
+    ("mixing_weights", {"mixing_weights": [1, 2], "dataset_mixing_strategy": "interleave"}),
+    ("mixing_stops", {"mixing_stops": "all_exhausted"}),
+    ("datasets[0].shards_idx", {"datasets": [ROWS | {"shards": 4, "shards_idx": 4}]}),
+    ("datasets[0].shards", {"datasets": [ROWS | {"shards": 4, "preprocess_shards": 4}]}),
     ("val_set_size", {"val_set_size": 1.5}),
     ("val_set_size", HELD_OUT | {"test_datasets": MINIMAL["datasets"]}),
     ("eval_steps", {"eval_steps": 10}),
@@ -102,6 +108,12 @@ def test_conflict_is_refused_in_one_line_naming_the_key(key, values):
         {"evals_per_epoch": 1, "eval_strategy": "no"} | {"evals_per_epoch": None},
         {"evals_per_epoch": 0, "warmup_steps": 0},
         {"val_set_size": 100},
+        {"datasets": [ROWS | {"shards": 4, "shards_idx": 3}]},
+        {
+            "datasets": [ROWS, ROWS],
+            "dataset_mixing_strategy": "interleave",
+            "mixing_weights": [0.3, 1],
+        },
         {"warmup_steps": 0.1},
         {"cosine_min_lr_ratio": 0.1, "cosine_constant_lr_ratio": 0.8},
         {"datasets": None, "pretraining_dataset": [{"path": "x", "type": "pretrain"}]},

@@ -129,3 +129,52 @@ def test_a_token_outside_the_vocabulary_is_refused():
 def test_a_table_of_longer_examples_is_refused():
     with pytest.raises(UserError, match="more than sequence_len 16"):
         Batches(table_of(), sequence_len=16, rows=1)
+
+
+def poisoned(generator: np.random.Generator) -> TokenTable:
+    """A table of one long example, one number of which cannot come from a tokenizer."""
+    size = int(generator.integers(4, 60))
+    tokens = generator.integers(0, 100, size).astype(np.int32)
+    trained = np.ones(size, np.uint8)
+    trained[0] = 0
+    match generator.integers(3):
+        case 0:
+            wrong = [-1, -100, 100, 101, 2**31 - 1, -(2**31)]
+            tokens[generator.integers(size)] = wrong[generator.integers(len(wrong))]
+        case 1:
+            trained[generator.integers(1, size)] = generator.integers(2, 256)
+        case _:
+            trained[:] = 0
+    return TokenTable.of([(tokens, trained)])
+
+
+def test_each_of_1000_poisoned_batches_is_refused_on_the_host():
+    generator, caught = np.random.default_rng(0), 0
+    for _ in range(1000):
+        batches = Batches(poisoned(generator), sequence_len=64, rows=2, vocab_size=100)
+        with pytest.raises(UserError, match=r"^batch 0 holds .*; the data cache is damaged"):
+            batches.batch(0)
+        caught += 1
+    assert caught == 1000
+
+
+def test_the_largest_token_of_the_vocabulary_is_fine():
+    Batches(TokenTable.of([([0, 99], [0, 1])]), sequence_len=64, rows=1, vocab_size=100).batch(0)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_an_epoch_of_chosen_examples_holds_each_as_often_as_it_is_chosen(packing):
+    table, chosen = table_of(), np.array([3, 3, 9, 0, 36, 3, 9])
+    batches = Batches(table, sequence_len=64, rows=2, packing=packing, seed=1, examples=chosen)
+    for epoch in range(2):
+        seen = Counter()
+        for step in range(batches.steps_per_epoch):
+            for segment in segments(batches.batch(epoch * batches.steps_per_epoch + step)):
+                seen[int(segment["tokens"][0]) - 1000] += 1
+        assert seen == Counter(chosen.tolist())
+
+
+def test_chosen_examples_keep_their_order_without_shuffling():
+    chosen = np.array([5, 2, 5, 30])
+    batches = Batches(table_of(), sequence_len=64, rows=4, shuffle=False, examples=chosen)
+    assert batches.batch(0)["tokens"][0, :, 0].tolist() == [1005, 1002, 1005, 1030]

@@ -92,9 +92,3 @@ def test_the_default_folder_follows_the_environment(monkeypatch, tmp_path):
     assert cache.default_folder() == tmp_path / "datasets"
     monkeypatch.delenv("JAXLORA_CACHE")
     assert cache.default_folder().parts[-3:] == (".cache", "jaxlora", "datasets")
-
-
-def test_the_key_follows_the_code_version(monkeypatch):
-    before = cache.key_of({"a": 1})
-    monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
-    assert cache.key_of({"a": 1}) != before

@@ -109,3 +109,45 @@ def test_a_hub_id_that_cannot_be_loaded_is_one_line(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(UserError, match=r"someone/rows is neither a local path nor .* no network"):
         list(rows(DatasetSpec("someone/rows")))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"shards": 2}, [0, 2, 4]),
+        ({"shards": 2, "shards_idx": 1}, [1, 3]),
+        ({"shards": 9, "shards_idx": 7}, []),
+        ({"shards": 2, "split": "train[1:]"}, [1, 3]),
+    ],
+)
+def test_shards_are_every_nth_row(folder, settings, expected):
+    spec = DatasetSpec(str(folder / "train-0.jsonl"), **settings)
+    assert [row["row"] for _, row in rows(spec)] == expected
+
+
+def test_shards_are_the_whole_and_do_not_overlap(folder):
+    specs = [DatasetSpec(str(folder), shards=3, shards_idx=i) for i in range(3)]
+    found = [origin for spec in specs for origin, _ in rows(spec)]
+    assert sorted(found) == sorted(origin for origin, _ in rows(DatasetSpec(str(folder))))
+    with pytest.raises(UserError, match=r"shards_idx 3 of .* expected 0 to 2"):
+        DatasetSpec("x", shards=3, shards_idx=3)
+
+
+@pytest.mark.parametrize("name", ["rows", "rows.data", "rows.data.gz", "folder/rows"])
+def test_ds_type_is_the_format_of_files_that_do_not_tell_it(tmp_path, name):
+    import gzip
+
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    text = b'{"a": 1}\n{"a": 2}\n'
+    path.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    root = path.parent if "/" in name else path
+    assert [row["a"] for _, row in rows(DatasetSpec(str(root), ds_type="json"))] == [1, 2]
+    with pytest.raises(UserError, match=r"ds_type says|holds no data file"):
+        list(rows(DatasetSpec(str(root))))
+
+
+def test_a_suffix_is_believed_before_ds_type(tmp_path):
+    (tmp_path / "a.csv").write_text("text\nx\n", encoding="utf-8")
+    spec = DatasetSpec(str(tmp_path / "a.csv"), ds_type="json")
+    assert [row for _, row in rows(spec)] == [{"text": "x"}]

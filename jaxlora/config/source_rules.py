@@ -1,0 +1,34 @@
+"""Rules between the keys that say where rows come from and in what shares."""
+
+from collections.abc import Iterator
+
+from jaxlora.config.problem import Problem
+from jaxlora.config.schema import Config
+
+
+def mixing(config: Config) -> Iterator[Problem]:
+    """Weights fit the data sets, and are there for a reason."""
+    strategy, weights = "dataset_mixing_strategy", config.mixing_weights
+    if config.dataset_mixing_strategy == "concatenate":
+        asked = {
+            "mixing_weights": weights,
+            "mixing_stops": config.mixing_stops != "first_exhausted",
+        }
+        for key in (key for key, value in asked.items() if value):
+            yield Problem((key,), f"it needs {strategy}: interleave", (strategy,))
+        return
+    count = len(config.datasets) + len(config.pretraining_dataset)
+    if weights and len(weights) != count:
+        text = f"{len(weights)} weights for {count} data sets; give one each"
+        yield Problem(("mixing_weights",), text, ("datasets",))
+
+
+def shards(config: Config) -> Iterator[Problem]:
+    """A shard is one of those there are."""
+    for key in ("datasets", "test_datasets"):
+        for i, entry in enumerate(getattr(config, key)):
+            if entry.shards_idx >= (entry.shards or 1):
+                text = f"{entry.shards_idx} is not below shards, which is {entry.shards or 1}"
+                yield Problem((key, i, "shards_idx"), text)
+            if entry.shards and entry.preprocess_shards:
+                yield Problem((key, i, "shards"), "set it or preprocess_shards, not both")
