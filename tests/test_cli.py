@@ -3,6 +3,7 @@
 import filecmp
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -216,6 +217,31 @@ def test_export_equals_the_adapter_of_the_run(run, tmp_path, capsys):
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= set(names)
     same, other, failed = filecmp.cmpfiles(run.folder, tmp_path / "exported", names, shallow=False)
     assert (sorted(same), other, failed) == (sorted(names), [], [])
+
+
+def test_preprocess_shows_lengths_colours_and_why_it_tokenized(
+    run, config_file, tmp_path, capsys, monkeypatch
+):
+    picture = tmp_path / "lengths.png"
+    cache = f"--dataset_prepared_path={tmp_path / 'cache'}"
+    command = ["preprocess", config_file(val_set_size=0), "--explain", cache]
+    assert main([*command, f"--output={picture}"]) == 0
+    printed = capsys.readouterr().out
+    assert "no entry in the cache" in printed
+    assert sum(int(n) for n in re.findall(r"tokens +#* +(\d+)$", printed, re.M)) == 24
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "\033" not in printed
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert main([*command, "--excess_length_strategy=truncate"]) == 0
+    printed = capsys.readouterr().out
+    assert "options.excess_length_strategy: truncate, was drop" in printed
+    assert "\033[32m" in printed
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "the tokens were in the cache" in printed
+    assert "\033" not in printed
+    assert main([*command, f"--output={tmp_path}"]) == 2
 
 
 def test_preprocess_prints_the_preview(run, config_file, tmp_path, capsys):

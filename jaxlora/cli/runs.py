@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 from jaxlora.cli.command import add_command
@@ -24,6 +26,7 @@ def add_commands(commands: Any) -> None:
     evaluate.add_argument("--adapter", help="adapter to score; default: the one in output_dir")
     preprocess = add("preprocess", _preprocess, "Tokenize the data and show it.")
     preprocess.add_argument("--preview", type=int, default=1, help="examples to show (default 1)")
+    preprocess.add_argument("--output", help="PNG file for the histogram of the lengths")
     preprocess.add_argument(
         "--explain", action="store_true", help="say why earlier tokens could not be used"
     )
@@ -55,13 +58,24 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _preprocess(options: argparse.Namespace) -> None:
     from jaxlora import api
+    from jaxlora.data.lengths import as_text, histogram
     from jaxlora.training.describe import describe_report, explain, preview
+    from jaxlora.training.plot import plot_lengths
 
     prepared, tokenizer = api.preprocess(options.config, *options.overrides)
-    print(describe_report(prepared.report))
+    lengths = histogram(prepared.train.lengths)
+    print(f"{describe_report(prepared.report)}\n{as_text(lengths)}")
+    if options.output:
+        plot_lengths(lengths, Path(options.output), "Lengths of the training examples")
+        print(f"histogram: {options.output}")
     print(f"cache: {prepared.report.folder}")
     if options.explain:
         print(explain(prepared.report))
+    # https://no-color.org
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    marks = ("\033[32m", "\033[0m") if colour else ("[", "]")
+    where = "green" if colour else "between [ and ]"
+    labels = list(prepared.report.train.labels or ())
     for number in range(min(options.preview, len(prepared.train))):
-        print(f"\nexample {number + 1}; trained text is between [ and ]:")
-        print(preview(prepared.train, number, tokenizer, list(prepared.report.train.labels or ())))
+        print(f"\nexample {number + 1}; trained text is {where}:")
+        print(preview(prepared.train, number, tokenizer, labels, marks))

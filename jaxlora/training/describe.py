@@ -55,12 +55,21 @@ def _counts(labels: Mapping[str, int] | None, most: int = 10) -> str:
     return f"labels {', '.join(listed[:most])}{more}, " if listed else ""
 
 
-def preview(table: TokenTable, index: int, tokenizer: Any, labels: Sequence[str] = ()) -> str:
-    """Returns one example as text, what is trained between ``[`` and ``]``; its label, if any."""
+def preview(
+    table: TokenTable,
+    index: int,
+    tokenizer: Any,
+    labels: Sequence[str] = (),
+    marks: tuple[str, str] = ("[", "]"),
+) -> str:
+    """Returns one example as text, what is trained between `marks`; its label, if any."""
+    start, stop = marks
     if (labelled := table.label(index)) is not None:
-        return f"{decode(table[index][0], tokenizer)}\nlabel [{labels[labelled[0]]}]"
+        label = f"label {start}{labels[labelled[0]]}{stop}"
+        return f"{decode(table[index][0], tokenizer)}\n{label}"
     return "".join(
-        f"[{text}]" if trained else text for text, trained in spans(table, index, tokenizer)
+        f"{start}{text}{stop}" if trained else text
+        for text, trained in spans(table, index, tokenizer)
     )
 
 
