@@ -16,6 +16,7 @@ from jaxlora.checkpoints.gguf_write import check_target, save_gguf
 from jaxlora.checkpoints.label_head import label_config
 from jaxlora.checkpoints.load import QuantSpec, read_model_config, storage_of
 from jaxlora.checkpoints.peft import trained_storage
+from jaxlora.checkpoints.peft_config import CONFIG_FILE
 from jaxlora.checkpoints.save import save_model
 from jaxlora.checkpoints.tensors import FLOAT_DTYPES
 from jaxlora.core.errors import UserError
@@ -101,11 +102,15 @@ def merge(
         without an adapter may be written so too.
 
     Raises:
-      UserError: anything missing, damaged or unfitting; an output folder that holds a model.
+      UserError: anything missing, damaged or unfitting; an output folder that holds a model or an
+        adapter.
     """
     parts = _open(model, adapter, revision)
     if parts.folder is None and gguf is None:
         raise UserError(f"{model}: is no adapter; give one with --adapter.")
+    if gguf is None and (Path(output) / CONFIG_FILE).is_file():
+        # transformers would put that adapter on top of what is written beside it.
+        raise UserError(f"{output}: holds an adapter; choose a new folder for the merged model.")
     quantization = _storage(parts, quantization)
     content = written_config(parts.raw, parts.stored, parts.cfg)
     foreign = gguf is not None or gguf_file(parts.base) is not None

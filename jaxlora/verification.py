@@ -123,6 +123,8 @@ def _peft_logits(
     )
     if hf.get_input_embeddings().weight.shape[0] != cfg.vocab_size:  # the adapter has the new rows
         hf.resize_token_embeddings(cfg.vocab_size, mean_resizing=False)
+    if cfg.num_labels and cfg.pooling == "last":
+        hf.config.pad_token_id = None  # or a probe that ends with it would be shorter
     known = LoraConfig().to_dict().keys()
     written = read_json_object(folder / CONFIG_FILE, "expected an adapter folder")
     config = LoraConfig(**{key: value for key, value in written.items() if key in known})
@@ -132,5 +134,6 @@ def _peft_logits(
     tables = set(get_peft_model_state_dict(model, save_embedding_layers=True)) - wanted
     stored = set(TensorFiles(folder, "adapter_model").info)
     with torch.no_grad():
-        logits = model(torch.from_numpy(probe_tokens(cfg))).logits.numpy()
+        rows = torch.from_numpy(probe_tokens(cfg)).split(1)  # without a padding token, one by one
+        logits = torch.cat([model(row).logits for row in rows]).numpy()
     return logits, tuple(sorted(wanted - stored)), tuple(sorted(stored - wanted - tables))

@@ -48,11 +48,12 @@ def label_config(
       raw: the base's.
       cfg: the classifier.
       names: of the labels, or none.
-      pad_id: padding token, by which transformers finds the last token of a text.
+      pad_id: of the tokenizer; transformers finds the last token of a text by it.
     """
     names = tuple(names) or names_in_config(raw) or default_names(cfg.num_labels)
     kept = {key: value for key, value in raw.items() if key != "num_labels"}
-    if kept.get("pad_token_id") is None:
+    # An encoder reads its first token, and RoBERTa counts positions from the padding token.
+    if cfg.pooling == "last" or kept.get("pad_token_id") is None:
         kept["pad_token_id"] = pad_id
     return {
         **kept,

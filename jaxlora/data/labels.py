@@ -35,10 +35,10 @@ def labels_of(specs: Sequence[DatasetSpec], count: int, names: Sequence[str] = (
         raise UserError(f"label_names: {', '.join(found)}: a name is there twice; list each once.")
     if found and len(found) != count:
         source = "label_names lists" if names else "the training data has"
-        shown = ", ".join(found[:_SHOWN]) + (", ..." if len(found) > _SHOWN else "")
+        others = f", or list all {count} in label_names" if len(found) < count else ""
         raise UserError(
-            f"num_labels: {count}, but {source} {len(found)} ({shown}); set num_labels: "
-            f"{len(found)}, or list all {count} in label_names."
+            f"num_labels: {count}, but {source} {len(found)} ({_listed(found)}); set num_labels: "
+            f"{len(found)}{others}."
         )
     return Labels(count, found)
 
@@ -47,13 +47,23 @@ def _collected(specs: Sequence[DatasetSpec]) -> tuple[str, ...]:
     """The texts in the label columns, sorted; none where labels are numbers."""
     found: set[str] = set()
     for spec in specs:
-        for _, row in rows(spec):
+        for origin, row in rows(spec):
             value = row.get(spec.field_label)
             if isinstance(value, int):
+                if named := sorted(text for text in found if not _is_number(text)):
+                    raise UserError(
+                        f'{origin}: the label in "{spec.field_label}" is {value!r}, and rows '
+                        f"before it have names ({_listed(named)}); write names or numbers in all, "
+                        "or list the names in label_names."
+                    )
                 return ()
             if isinstance(value, str):
                 found.add(value)
     return () if all(map(_is_number, found)) else tuple(sorted(found))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def _is_number(text: str) -> bool:
@@ -74,8 +84,7 @@ def label_of(row: Mapping[str, Any], column: str, origin: str, labels: Labels) -
     value, names = row[column], labels.names
     wanted = f"0 to {labels.count - 1}"
     if names:
-        listed = ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
-        wanted = f"{listed} or {wanted}"
+        wanted = f"{_listed(names)} or {wanted}"
     if isinstance(value, str) and value in names:
         return names.index(value)
     numbered = not any(map(_is_number, names))  # else "1" would be a name that is not there

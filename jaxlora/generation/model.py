@@ -212,8 +212,8 @@ def load(
     if task != NEXT_TOKEN:
         use = "classify" if task == LABEL else "evaluate"
         raise UserError(
-            f"{opened.folder}: {cfg.family} does not write text (it is for {task.pipeline}); use "
-            f"jaxlora {use}."
+            f"{adapter or model}: {cfg.family} does not write text (it is for {task.pipeline}); "
+            f"use jaxlora {use}."
         )
     params = opened.load()
     template = template_of(tokenizer) if tokenizer.chat_template else None

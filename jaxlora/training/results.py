@@ -71,12 +71,6 @@ def _card(plan: Plan, result: TrainResult) -> str:
         ("held-out exact match after", _share(result.exact_match)),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows if value)
-    base = f"{task.auto_class}.from_pretrained({config.base_model!r}{_head_options(plan)})"
-    use = (
-        f"PeftModel.from_pretrained({base}, folder)"
-        if adapter
-        else f"{task.auto_class}.from_pretrained(folder)"
-    )
     return f"""---
 {_front_matter(front)}
 tags:
@@ -85,7 +79,11 @@ tags:
 # {result.output_dir.name}
 
 {"LoRA adapter for" if adapter else "Full fine-tune of"} `{config.base_model}`, trained with
-jaxlora {__version__}. Load it with `{use}`.
+jaxlora {__version__}. To load it:
+
+```python
+{_use(plan)}
+```
 
 | result | |
 |---|---|
@@ -101,14 +99,22 @@ jaxlora {__version__}. Load it with `{use}`.
 """
 
 
-def _head_options(plan: Plan) -> str:
-    """What transformers has to be told of a head of labels that the base lacks."""
-    if plan.labels is None:
-        return ""
-    names = dict(enumerate(plan.labels.names))
-    named = f", id2label={names}" if names else ""
-    padding = pad_id(plan.model.tokenizer)
-    return f", num_labels={plan.labels.count}{named}, pad_token_id={padding}"
+def _use(plan: Plan) -> str:
+    """How transformers, and PEFT for an adapter, load the result from its folder."""
+    model, labels, cfg = plan.model, plan.labels, plan.model.cfg
+    auto = task_of(cfg).auto_class
+    if model.lora is None:
+        return f"model = {auto}.from_pretrained(folder)"
+    head = ""  # what has to be said of one that the base lacks
+    if labels is not None:
+        named = f", id2label={dict(enumerate(labels.names))}" if labels.names else ""
+        head = f", num_labels={labels.count}{named}"
+    lines = [f"model = {auto}.from_pretrained({plan.config.base_model!r}{head})"]
+    if cfg.vocab_size != model.stored.vocab_size:
+        lines.append(f"model.resize_token_embeddings({cfg.vocab_size}, mean_resizing=False)")
+    if labels is not None and cfg.pooling == "last":  # by which it finds the last token of a text
+        lines.append(f"model.config.pad_token_id = {pad_id(model.tokenizer)}")
+    return "\n".join([*lines, "model = PeftModel.from_pretrained(model, folder)"])
 
 
 def _front_matter(fields: dict[str, Any]) -> str:

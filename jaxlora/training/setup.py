@@ -195,8 +195,7 @@ def _check_storage(config: Config, storage: Storage | None) -> None:
 
 def _objective(config: Config, model: Model) -> Masking | None:
     """How tokens are hidden, None where the next one is learned."""
-    cfg = model.cfg
-    fitting = "classification" if cfg.num_labels else "clm" if cfg.causal else "mlm"
+    cfg, fitting = model.cfg, task_of(model.cfg).objective
     if config.objective not in (None, fitting):
         raise UserError(
             f"objective: {config.objective} does not fit {config.base_model} ({cfg.family}); "
@@ -207,7 +206,7 @@ def _objective(config: Config, model: Model) -> Masking | None:
             f"sequence_len: {config.sequence_len} is more than the {cfg.max_context} positions of "
             f"{config.base_model}; set it to {cfg.max_context} or less."
         )
-    if cfg.causal or cfg.num_labels:
+    if fitting != "mlm":
         return None
     for entry in (*config.datasets, *config.test_datasets):
         if entry.type != "completion":

@@ -17,7 +17,9 @@ from jaxlora.checkpoints.save import saved_tensors
 from jaxlora.core.errors import UserError
 from jaxlora.data.batches import Batches
 from jaxlora.data.table import TokenTable
+from jaxlora.data.tokenizer import load_tokenizer
 from jaxlora.generation.classifier import load_classifier
+from jaxlora.generation.probe import probe_tokens
 from jaxlora.models.families import CLASSIFIERS
 from jaxlora.models.families.labelled import labelled
 from jaxlora.models.families.read import read_config
@@ -187,6 +189,30 @@ def check_folder(folder, base, wanted):
 def test_transformers_loads_a_full_fine_tune_with_equal_logits(make_base, tmp_path, name):
     base = make_base(name)
     check_folder(train(base, tmp_path), base, None)
+
+
+@pytest.mark.parametrize("method", [{}, {**LORA, "lora_modules_to_save": ["embed_tokens"]}])
+def test_a_batch_filled_up_with_a_new_token_has_equal_logits(make_base, tmp_path, method):
+    """transformers finds the last token of a text by the padding token of config.json."""
+    base = make_base("llama 3.1")
+    new = {"tokens": ["riv"], "special_tokens": {"pad_token": "<fill>"}}
+    folder = train(base, tmp_path, **new, **method)
+    if method:
+        folder = jaxlora.merge(folder, None, tmp_path / "merged", dtype="float32")
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.pad_token == "<fill>"
+    check_folder(folder, Base(folder, tokenizer), None)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_verify_reads_every_token_whatever_the_padding(make_base, tmp_path, padded):
+    base = make_base("llama 3.1")
+    folder = train(base, tmp_path, **LORA)
+    config = json.loads((base.folder / "config.json").read_text())
+    last = int(probe_tokens(read_config(config))[1, -1])  # of what verify asks about
+    config["pad_token_id"] = last if padded else None
+    (base.folder / "config.json").write_text(json.dumps(config))
+    assert jaxlora.verify(folder).ok
 
 
 def test_pairs_have_the_types_of_transformers(make_base, tmp_path):

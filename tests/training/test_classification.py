@@ -81,11 +81,11 @@ def test_a_decoder_learns_with_lora_and_evaluates_as_it_printed(run, texts):
     assert again.accuracy == result.accuracy
     assert again.loss == pytest.approx(result.eval_loss, rel=1e-5)  # weights went through a file
     card = (result.output_dir / "README.md").read_text()
-    assert "num_labels=3, id2label={0: 'animal', 1: 'other', 2: 'pet'}, pad_token_id=" in card
+    assert "num_labels=3, id2label={0: 'animal', 1: 'other', 2: 'pet'})" in card
     answers = jaxlora.classify(result.output_dir, ["the big cat", "small red river stone"])
     assert [answer.label for answer in answers] == ["pet", "other"]
     assert sum(answers[0].probabilities.values()) == pytest.approx(1)
-    with pytest.raises(UserError, match=r"does not write text .*jaxlora classify"):
+    with pytest.raises(UserError, match=rf"{result.output_dir}: .* does not write text .*classify"):
         jaxlora.load(result.output_dir)
 
 
@@ -158,6 +158,30 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_cut(run, metrics_of, accumul
             assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
+PAD = {"special_tokens": {"pad_token": "<fill>"}}
+
+
+@pytest.mark.parametrize("method", [{}, {**LORA, "lora_modules_to_save": ["embed_tokens"]}])
+def test_a_classifier_learns_new_tokens_and_is_padded_with_its_own(run, tmp_path, method):
+    """The base names another padding token, by which transformers would miss the last token."""
+    result = run(max_steps=2, tokens=[" river"], **PAD, **method)
+    folder, card = result.output_dir, (result.output_dir / "README.md").read_text()
+    answers = jaxlora.classify(folder, ["the cat", "small red river stone"])
+    if method:
+        rows = load_file(folder / "adapter_model.safetensors")[
+            "base_model.model.model.embed_tokens.weight"
+        ].shape[0]
+        pad = rows - 2
+        assert f"model.resize_token_embeddings({rows}, mean_resizing=False)\n" in card
+        assert f"model.config.pad_token_id = {pad}\n" in card
+        folder = jaxlora.merge(folder, None, tmp_path / "merged", dtype="float32")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["pad_token_id"] == config["vocab_size"] - 2  # as <fill> comes first
+    again = jaxlora.classify(folder, ["the cat", "small red river stone"])
+    for one, other in zip(answers, again, strict=True):
+        assert one.probabilities == pytest.approx(other.probabilities, rel=1e-5)
+
+
 def test_an_adapter_continues_where_it_was(run):
     first = run("first", **LORA)
     again = run("again", lora_model_dir=str(first.output_dir), max_steps=1, **LORA)
@@ -214,7 +238,9 @@ def labelled_rows(tmp_path, *labels):
         ((0, "pet"), {}, r"rows.jsonl:2: the label .* is 'pet'; expected 0 to 2"),
         ((0, True), {}, r"rows.jsonl:2: the label .* is True"),
         ((0, 1.0), {}, r"rows.jsonl:2: the label .* is 1.0"),
-        (("a", "b"), {}, r"num_labels: 3, but the training data has 2 \(a, b\)"),
+        (("a", 7), {}, r"rows.jsonl:2: the label .* is 7, and rows before it have names \(a\)"),
+        (("a", "b"), {}, r"num_labels: 3, but the training data has 2 \(a, b\).* or list all 3"),
+        (tuple("abcd"), {}, r"num_labels: 3, but .* has 4 \(a, b, c, d\); set num_labels: 4\.$"),
         (
             ("a", "b", "petz"),
             {"label_names": ["a", "b", "pet"]},

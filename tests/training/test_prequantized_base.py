@@ -67,6 +67,23 @@ def test_a_run_learns_as_on_the_plain_twin_and_its_results_work(method, bases, r
     )
 
 
+def test_a_classifier_learns_as_on_the_plain_twin(bases, run, tmp_path):
+    quantized, twin = bases("nf4")
+    rows = [{"text": f"the {word} house", "label": word} for word in ("red", "blue")]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
+    data = [{"path": str(tmp_path / "texts.jsonl"), "type": "classification"}]
+    options = {"datasets": data, "num_labels": 2}
+    run("ours", base_model=str(quantized), **options)
+    run("plain", base_model=str(twin), **options)
+    ours, expected = losses(tmp_path / "ours"), losses(tmp_path / "plain")
+    assert ours[-1] < ours[0] - 0.1
+    np.testing.assert_allclose(ours, expected, atol=2e-3)  # as above
+    merged = jaxlora.merge(tmp_path / "ours", None, tmp_path / "merged", dtype="float32")
+    one, two = (jaxlora.classify(each, "the red house")[0] for each in (tmp_path / "ours", merged))
+    assert one.label == two.label == "red"
+    assert one.probabilities == pytest.approx(two.probabilities, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("method", "wishes", "message"),
     [

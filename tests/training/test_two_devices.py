@@ -1,4 +1,4 @@
-"""Tables of the vocabulary that train, on two devices: as on one, also of an odd size."""
+"""Runs on two devices are those of one: tables that train, also of an odd size; classifiers."""
 
 import json
 import os
@@ -35,6 +35,34 @@ def test_tables_on_two_devices_are_those_of_one(case, base, keys, run, metrics_o
     axis, replicas = ("fsdp", 2) if "fsdp" in case else ("tensor", 1)
     on_two = {"mesh": {"fsdp": 1, axis: 2}, "micro_batch_size": 4 // replicas}
     train_on_two({**keys, **changes, **on_two, "output_dir": str(tmp_path / "two")})
+    check_two(tmp_path, metrics_of)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(("axis", "replicas"), [("data", 2), ("tensor", 1)])
+def test_a_classifier_on_two_devices_is_that_of_one(
+    axis, replicas, keys, run, metrics_of, tmp_path
+):
+    """Three labels, which do not divide by two; the last batch of held-out texts is not full."""
+    nouns = ["cat", "dog", "river"] * 5
+    rows = [{"text": f"the {noun} {i}", "label": noun} for i, noun in enumerate(nouns)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [{"path": str(tmp_path / "texts.jsonl"), "type": "classification"}]
+    changes = {"datasets": data, "num_labels": 3, "val_set_size": 5, "evals_per_epoch": 1}
+    changes |= {"max_steps": 3, "learning_rate": 1e-3}
+    one = run("one", **changes)
+    on_two = {"mesh": {"fsdp": 1, axis: 2}, "micro_batch_size": 4 // replicas}
+    train_on_two({**keys, **changes, **on_two, "output_dir": str(tmp_path / "two")})
+    check_two(tmp_path, metrics_of)
+    held_out = [
+        [r["eval_accuracy"] for r in metrics_of(tmp_path / name) if "eval_accuracy" in r]
+        for name in ("one", "two")
+    ]
+    assert held_out[0][-1] == one.accuracy
+    assert held_out[0] == held_out[1]
+
+
+def check_two(tmp_path, metrics_of):
     one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
     losses = [[r["loss"] for r in records if "loss" in r] for records in (one, two)]
     assert len(losses[0]) == 3
