@@ -89,6 +89,28 @@ def test_a_decoder_learns_with_lora_and_evaluates_as_it_printed(run, texts):
         jaxlora.load(result.output_dir)
 
 
+def test_the_confusion_has_a_row_for_each_label(base, texts, tmp_path):
+    """Before training, when what is said is not what is there."""
+    labels = ["pet", "pet", "pet", "animal"]
+    rows = [{"text": f"the {i}", "label": label} for i, label in enumerate(labels)]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {
+        "base_model": str(base),
+        "num_labels": 3,
+        "datasets": [{"path": str(texts), "type": "classification"}],
+        "test_datasets": [{"path": str(tmp_path / "few.jsonl"), "type": "classification"}],
+        "dataset_prepared_path": str(tmp_path / "prepared"),
+        "output_dir": str(tmp_path / "run"),
+        "sequence_len": 16,
+        "micro_batch_size": 3,
+        "learning_rate": 1e-3,
+    }
+    confusion = evaluate(load_config(keys)).held_out.confusion
+    assert confusion.counts.sum(axis=1).tolist() == [1, 0, 3]  # animal, other, pet
+    assert confusion.counts.sum(axis=0).tolist() != [1, 0, 3]
+    assert confusion.majority == 0.75
+
+
 def test_an_encoder_learns_every_weight_and_exports_a_classifier(run, encoder):
     result = run(**FULL, base_model=str(encoder), micro_batch_size=32, max_steps=60)
     assert result.accuracy > 0.95
