@@ -19,6 +19,7 @@ from jaxlora.generation.sampling import SamplingOptions
 from jaxlora.generation.scoring import Score
 from jaxlora.inspection import inspect
 from jaxlora.merging import MergeDifferences, merge, merge_differences
+from jaxlora.parallel.mesh import batch_shards, make_mesh
 from jaxlora.training.evaluation import Evaluation
 from jaxlora.training.evaluation import evaluate as _evaluate
 from jaxlora.training.export import export
@@ -130,10 +131,11 @@ def preprocess(source: Source, *overrides: str) -> tuple[Prepared, Any]:
     """Tokenizes the data of a configuration into the cache; returns it with the tokenizer."""
     config = _config(source, overrides)
     tokenizer = open_tokenizer(config).tokenizer
+    replicas = batch_shards(make_mesh(config.mesh.model_dump())) if config.streaming else 1
     prepared = prepare(
         settings.train_specs(config),
         settings.held_out_specs(config),
-        settings.data_options(config, labels_of_config(config)),
+        settings.data_options(config, labels_of_config(config), replicas=replicas),
         tokenizer,
     )
     return prepared, tokenizer

@@ -82,7 +82,6 @@ _NO_OP = {
         sample_packing_seq_len_multiplier sample_packing_mp_start_method max_packed_sequence_len
         pretrain_multipack_attn pretrain_multipack_buffer_size streaming_multipack_buffer_size
         multipack_real_batches batch_flattening pad_to_multiple_of""",
-    "the data are tokenized whole before training, and not streamed": "streaming",
     "data is tokenized once and read from a memory map": """remove_unused_columns dataset_processes
         dataset_num_proc dataset_keep_in_memory dataloader_pin_memory dataloader_num_workers
         dataloader_prefetch_factor dataloader_drop_last num_dataset_shards_to_save

@@ -39,8 +39,8 @@ def _data(config: Config) -> Iterator[str]:
         for i, entry in enumerate(getattr(config, key)):
             if entry.preprocess_shards is not None:
                 yield f"{key}[{i}].preprocess_shards: no effect: rows are never read all at once"
-    if config.pretraining_dataset:
-        yield "pretraining_dataset: read as datasets of type completion; whole, not streamed"
+    if config.pretraining_dataset and not config.streaming:
+        yield "pretraining_dataset: read as datasets of type completion, whole; see streaming"
     if config.evals_per_epoch and not derived.has_held_out(config):
         yield "evals_per_epoch: no effect: no data is held out (val_set_size, test_datasets)"
 

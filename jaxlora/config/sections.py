@@ -137,7 +137,7 @@ class DataKeys(Section):
     datasets: tuple[DatasetConfig, ...] = ()
     """Training data."""
     pretraining_dataset: tuple[PretrainingDataset, ...] = ()
-    """Plain text to train on, as `datasets` of type completion; read whole, not streamed."""
+    """Plain text to train on, as `datasets` of type completion; streamed with `streaming`."""
     test_datasets: tuple[DatasetConfig, ...] = ()
     """Held-out data, instead of `val_set_size`."""
     val_set_size: NotNegative = 0.0
@@ -162,6 +162,8 @@ class DataKeys(Section):
     """Tokens in a row."""
     excess_length_strategy: Literal["drop", "truncate", "raise"] = "drop"
     """What becomes of an example longer than `sequence_len`."""
+    streaming: Flag = False
+    """Reads only as many rows as `max_steps` needs; evaluation data is read whole."""
     dataset_mixing_strategy: Literal["concatenate", "interleave"] = "concatenate"
     """Every row of `datasets` once in an epoch, or the shares of `mixing_weights`."""
     mixing_weights: tuple[Positive, ...] = ()

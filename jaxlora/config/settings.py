@@ -1,5 +1,7 @@
 """The parts of a `Config` in the words of the lower floors."""
 
+import dataclasses
+
 from jaxlora.config import derived
 from jaxlora.config.datasets import DatasetConfig, PromptFormat
 from jaxlora.config.schema import Config
@@ -61,7 +63,8 @@ def train_specs(config: Config) -> tuple[DatasetSpec, ...]:
         )
         for entry in config.pretraining_dataset
     )
-    return (*map(_spec, config.datasets), *texts)
+    specs = (*map(_spec, config.datasets), *texts)
+    return tuple(dataclasses.replace(spec, streaming=config.streaming) for spec in specs)
 
 
 def held_out_specs(config: Config) -> tuple[DatasetSpec, ...]:
@@ -69,8 +72,20 @@ def held_out_specs(config: Config) -> tuple[DatasetSpec, ...]:
     return tuple(map(_spec, config.test_datasets))
 
 
-def data_options(config: Config, labels: Labels | None = None) -> DataOptions:
-    """Returns how rows become examples, of these labels if they have any."""
+def data_options(config: Config, labels: Labels | None = None, *, replicas: int = 1) -> DataOptions:
+    """Returns how rows become examples, of these labels if they have any.
+
+    Args:
+      config: the keys.
+      labels: those of a classifier.
+      replicas: product of the data and fsdp axes; says how much of a stream the steps need.
+    """
+    needed = None
+    if config.streaming and config.max_steps:
+        rows = config.micro_batch_size * replicas * derived.accumulation_steps(config, replicas)
+        needed = config.max_steps * rows
+    packed, mixes = config.sample_packing, config.dataset_mixing_strategy == "interleave"
+    sources = len(config.datasets) + len(config.pretraining_dataset)
     return DataOptions(
         sequence_len=config.sequence_len,
         train_on_inputs=config.train_on_inputs,
@@ -87,6 +102,9 @@ def data_options(config: Config, labels: Labels | None = None) -> DataOptions:
         min_sample_len=config.min_sample_len,
         deduplicate=config.dataset_exact_deduplication,
         labels=labels,
+        stream_examples=None if packed else needed,
+        stream_tokens=needed * config.sequence_len if needed and packed else None,
+        stream_weights=(config.mixing_weights or (1.0,) * sources) if needed and mixes else None,
         on_bad_row=config.on_bad_row,
         max_bad_rows=config.max_bad_rows,
     )

@@ -23,6 +23,22 @@ def mixing(config: Config) -> Iterator[Problem]:
         yield Problem(("mixing_weights",), text, ("datasets",))
 
 
+def streaming(config: Config) -> Iterator[Problem]:
+    """A stream ends with the steps, and rows are never held out of it."""
+    if not config.streaming:
+        return
+    if config.max_steps is None:
+        yield Problem(
+            ("streaming",), "it needs max_steps, which says where to stop", ("max_steps",)
+        )
+    if config.val_set_size:
+        text = "rows of a stream cannot be held out; use test_datasets"
+        yield Problem(("val_set_size",), text, ("streaming",))
+    if config.dataset_exact_deduplication:
+        text = "it would remember every row of a stream; remove one of them"
+        yield Problem(("dataset_exact_deduplication",), text, ("streaming",))
+
+
 def shards(config: Config) -> Iterator[Problem]:
     """A shard is one of those there are."""
     for key in ("datasets", "test_datasets"):

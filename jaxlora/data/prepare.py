@@ -35,6 +35,7 @@ from jaxlora.data.report import (
 )
 from jaxlora.data.sources import scan
 from jaxlora.data.spec import TOKENIZED, DataOptions, DatasetSpec
+from jaxlora.data.streaming import Enough
 from jaxlora.data.table import TableWriter, TokenTable, tables_digest
 from jaxlora.data.tokenized import tokenized
 from jaxlora.data.tokenizer import Encoder
@@ -186,12 +187,13 @@ def _build(
     progress: Progress | None,
 ) -> dict[str, Any]:
     encoder = Encoder(tokenizer)
+    whole = dataclasses.replace(options, stream_examples=None, stream_tokens=None)
     held_out = bool(options.val_set_size)
     seen: set[bytes] | None = set() if options.deduplicate else None
     train_reports, row_of = _write(out / "train", train_specs, options, encoder, progress, seen)
     test_reports: list[SourceReport] = []
     if test_specs:
-        test_reports, _ = _write(out / "evaluation", test_specs, options, encoder, progress, seen)
+        test_reports, _ = _write(out / "evaluation", test_specs, whole, encoder, progress, seen)
     counts = [report.examples for report in train_reports]
     if held_out:
         staying = hold_out(out, np.frombuffer(row_of, np.int64), options)
@@ -228,8 +230,12 @@ def _write(
     row_of = array("q")
     tokens = 0
     with TableWriter(folder) as writer:
-        for spec in specs:
+        for number, spec in enumerate(specs):
             before, account = sum(report.read for report in reports), Account(spec, options)
+            enough, first, begun = Enough(options, number), len(writer), tokens
+            if number and enough(0, 0, first, tokens):
+                reports.append(SourceReport(spec.path, spec.split, 0, 0, {}, 0, 0))
+                continue
             classifies = spec.type == "classification"
             read_rows: Any = labelled_examples if classifies else examples_of
             for origin, examples, why in read_rows(spec, options, encoder):
@@ -242,6 +248,8 @@ def _write(
                     row_of.append(before + account.read)
                 if progress is not None and account.read % _CHUNK == 0:
                     progress(before + account.read, tokens)
+                if enough(len(writer) - first, tokens - begun, len(writer), tokens):
+                    break
             reports.append(account.close())
     return reports, row_of
 

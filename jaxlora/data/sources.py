@@ -96,8 +96,13 @@ def files(spec: DatasetSpec) -> list[Path]:
 
 
 def digest(spec: DatasetSpec) -> str:
-    """A digest of what the rows come from: file bytes, or the hub's fingerprint."""
+    """A digest of what the rows come from: file bytes, or the hub's fingerprint.
+
+    With `streaming`, names, sizes and times of change of the files, or what the hub says of its.
+    """
     if not is_local(spec):
+        if spec.streaming:
+            return f"hub:{_builder(spec).hash}"
         data = _load_hub(spec, _parse_split(spec)[0])
         return f"hub:{getattr(data, '_fingerprint', '')}:{len(data)}"
     total = hashlib.sha256()
@@ -106,6 +111,10 @@ def digest(spec: DatasetSpec) -> str:
             if not path.is_file():
                 # A pipe would keep us waiting.
                 raise UserError(f"{path}: is not a regular file.")
+            if spec.streaming:
+                state = path.stat()
+                total.update(f"{path} {state.st_size} {state.st_mtime_ns} ".encode())
+                continue
             with open(path, "rb") as file:
                 total.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
@@ -180,18 +189,38 @@ def _hub_rows(spec: DatasetSpec, split: str) -> Iterator[Row]:
         yield f"{spec.path}[{split}]:row {number}", row
 
 
+def _builder(spec: DatasetSpec) -> Any:
+    import datasets
+
+    files = list(spec.data_files) if isinstance(spec.data_files, tuple) else spec.data_files
+    try:
+        return datasets.load_dataset_builder(
+            spec.path, name=spec.name, data_files=files, revision=spec.revision
+        )
+    except Exception as error:
+        raise _not_loaded(spec, error) from error
+
+
+def _not_loaded(spec: DatasetSpec, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(
+        f"datasets: {spec.path} is neither a local path nor a hub data set that can be loaded: "
+        f"{reason}"
+    )
+
+
 def _load_hub(spec: DatasetSpec, split: str) -> Any:
     import datasets
 
     files = list(spec.data_files) if isinstance(spec.data_files, tuple) else spec.data_files
     try:
+        if spec.streaming:
+            return _builder(spec).as_streaming_dataset(split=split)
         # Never code from a repository: datasets >= 4 has no trust_remote_code left to pass.
         return datasets.load_dataset(
             spec.path, name=spec.name, split=split, data_files=files, revision=spec.revision
         )
+    except UserError:
+        raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"datasets: {spec.path} is neither a local path nor a hub data set that can be "
-            f"loaded: {reason}"
-        ) from error
+        raise _not_loaded(spec, error) from error

@@ -28,10 +28,10 @@ class DatasetSpec:
     """One entry of `datasets:` or `test_datasets:`.
 
     Of its rows every `shards`-th is read, from row `shards_idx` on. `ds_type` is the format of
-    files whose names do not tell it. `type` is one of `TYPES`, or a mapping of
-    `prompts.CustomPrompt`'s fields for any other two-column data. `field` is the text column
-    of `completion` and `classification`; `field_pair` that of a second text, `field_label` that of
-    the label. `roles` maps our role to the words the file uses for it.
+    files whose names do not tell it. `streaming` is for data too large to read whole. `type` is
+    one of `TYPES`, or a mapping of `prompts.CustomPrompt`'s fields for any other two-column data.
+    `field` is the text column of `completion` and `classification`; `field_pair` that of a second
+    text, `field_label` that of the label. `roles` maps our role to the words the file uses for it.
     """
 
     path: str
@@ -39,6 +39,7 @@ class DatasetSpec:
     split: str = "train"
     data_files: str | tuple[str, ...] | None = None
     ds_type: str | None = None
+    streaming: bool = False
     shards: int = 1
     shards_idx: int = 0
     name: str | None = None
@@ -119,7 +120,9 @@ class DataOptions:
     `val_set_size` below 1 is the share of the rows held out, from 1 on their number. `deduplicate`
     leaves out rows whose tokens an earlier row has, in held-out data those of training data too.
     `labels` are those of data sets of type `classification`. A row that cannot be used is an
-    error, or skipped while at most `max_bad_rows` of a data set's are bad.
+    error, or skipped while at most `max_bad_rows` of a data set's are bad. Training data is read
+    until it has given `stream_examples` or `stream_tokens`: all data sets in their order, or with
+    `stream_weights` each its share.
     """
 
     sequence_len: int
@@ -137,6 +140,9 @@ class DataOptions:
     min_sample_len: int = 0
     deduplicate: bool = False
     labels: Labels | None = None
+    stream_examples: int | None = None
+    stream_tokens: int | None = None
+    stream_weights: tuple[float, ...] | None = None
     on_bad_row: Literal["error", "skip"] = "error"
     max_bad_rows: float = 0.01
 

@@ -235,7 +235,8 @@ def make_plan(config: Config, say: Say = lambda text: None) -> Plan:
         say(f"note: {note}")
     masking = _objective(config, model)
     labels = labels_of_run(config, model.cfg.num_labels, model.label_names)
-    options = settings.data_options(config, labels)
+    replicas = batch_shards(model.placement.mesh)
+    options = settings.data_options(config, labels, replicas=replicas)
     data = prepare(
         settings.train_specs(config),
         settings.held_out_specs(config),
@@ -243,7 +244,6 @@ def make_plan(config: Config, say: Say = lambda text: None) -> Plan:
         model.tokenizer,
         progress=lambda rows, tokens: say(f"tokenized {rows:,} rows, {tokens:,} tokens"),
     )
-    replicas = batch_shards(model.placement.mesh)
     shared: dict[str, Any] = {
         "sequence_len": config.sequence_len,
         "seed": config.seed,

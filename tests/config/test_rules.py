@@ -11,6 +11,12 @@ ROWS = {"path": "x", "type": "alpaca"}
 CONFLICTS = [
     ("mixing_weights", {"mixing_weights": [1]}),
     ("mixing_weights", {"mixing_weights": [1, 2], "dataset_mixing_strategy": "interleave"}),
+    ("streaming", {"streaming": True}),
+    ("val_set_size", {"streaming": True, "max_steps": 3, "val_set_size": 0.1}),
+    (
+        "dataset_exact_deduplication",
+        {"streaming": True, "max_steps": 3, "dataset_exact_deduplication": True},
+    ),
     ("mixing_stops", {"mixing_stops": "all_exhausted"}),
     ("datasets[0].shards_idx", {"datasets": [ROWS | {"shards": 4, "shards_idx": 4}]}),
     ("datasets[0].shards", {"datasets": [ROWS | {"shards": 4, "preprocess_shards": 4}]}),

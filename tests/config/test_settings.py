@@ -134,3 +134,22 @@ def test_data_options_reach_the_data_floor():
     assert not options.shuffle
     assert not options.deduplicate
     assert data_options(load_config(MINIMAL | {"dataset_exact_deduplication": True})).deduplicate
+
+
+def test_a_stream_is_read_as_far_as_the_steps_need():
+    given = MINIMAL | {
+        "streaming": True,
+        "max_steps": 10,
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 3,
+        "sequence_len": 64,
+    }
+    options = data_options(load_config(given), replicas=4)
+    assert (options.stream_examples, options.stream_tokens) == (10 * 2 * 3 * 4, None)
+    options = data_options(load_config(given | {"sample_packing": True}), replicas=4)
+    assert (options.stream_examples, options.stream_tokens) == (None, 10 * 2 * 3 * 4 * 64)
+    assert options.stream_weights is None
+    mixed = given | {"dataset_mixing_strategy": "interleave"}
+    assert data_options(load_config(mixed)).stream_weights == (1.0,)
+    assert train_specs(load_config(given))[0].streaming
+    assert not train_specs(load_config(MINIMAL))[0].streaming
