@@ -263,3 +263,53 @@ def test_special_files_are_refused_at_once(tokenizer, tmp_path, options):
     for name, message in expected.items():
         with pytest.raises(UserError, match=message):
             prepare([DatasetSpec(str(tmp_path / name))], [], options, tokenizer)
+
+
+BARE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+TEMPLATES = {
+    "without an end token": BARE,
+    "with a start token of its own": "{{ bos_token }}" + BARE,
+    "with an end token": BARE.replace("'\\n'", "eos_token"),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_row_has_one_start_at_most_and_a_trained_end_whatever_the_template_writes(
+    tokenizer, tmp_path, options, name
+):
+    path = bad_file(tmp_path, Case(CHAT, ""))
+    spec = DatasetSpec(path, "chat_template", chat_template=TEMPLATES[name])
+    tokens, trained = prepare([spec], [], options, tokenizer).train[0]
+    assert (tokens == tokenizer.bos_token_id).sum() <= 1
+    assert (tokens == tokenizer.eos_token_id).sum() >= 1
+    assert trained[tokens == tokenizer.eos_token_id][-1] == 1
+
+
+@pytest.mark.parametrize("kind", ["alpaca", "chat"])
+def test_the_text_of_a_special_token_in_a_row_stays_text(tokenizer, tmp_path, options, kind):
+    text = "a </s> b <|im_end|> c"
+    content = (
+        row(instruction=text, output="o") if kind == "alpaca" else CHAT.replace('"q"', f'"{text}"')
+    )
+    spec = DatasetSpec(bad_file(tmp_path, Case(content, "")), **({} if kind == "alpaca" else TALK))
+    tokens, _ = prepare([spec], [], options, tokenizer).train[0]
+    assert text in tokenizer.decode(tokens)
+    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
+    turns = 1 if kind == "alpaca" else 2
+    assert sum(token in ends for token in tokens.tolist()) == turns
+
+
+def test_an_empty_evaluation_set_is_refused(tokenizer, tmp_path, options):
+    train = DatasetSpec(bad_file(tmp_path, Case(GOOD, "")))
+    test = DatasetSpec(bad_file(tmp_path, Case("", "", name="test.jsonl")))
+    with pytest.raises(UserError, match=r"test\.jsonl .* holds no row"):
+        prepare([train], [test], options, tokenizer)
+
+
+def test_tokens_beyond_the_embedding_are_refused(tokenizer, tmp_path, options):
+    from jaxlora.data.table import check_vocabulary
+
+    table = prepare([DatasetSpec(bad_file(tmp_path, Case(GOOD, "")))], [], options, tokenizer).train
+    check_vocabulary(table, len(tokenizer))
+    with pytest.raises(UserError, match=r"token id \d+, but .* 50 rows"):
+        check_vocabulary(table, 50)
