@@ -36,9 +36,9 @@ def last_state(monkeypatch):
     """``last_state()``: the `TrainState` of the last run, as exported."""
     seen = []
 
-    def exported(config, model, state, folder):
+    def exported(config, model, state, *rest):
         seen[:] = [state, model]
-        return write(config, model, state, folder)
+        return write(config, model, state, *rest)
 
     write = loop.export_weights
     monkeypatch.setattr(loop, "export_weights", exported)
