@@ -1,6 +1,7 @@
 """Where arrays live: logical axes are mapped to mesh axes by one table."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -58,10 +59,12 @@ class Placement:
 
     Args:
       mesh: the device mesh.
+      put: puts an array where a sharding says; a planner gives one that only notes it.
     """
 
-    def __init__(self, mesh: Mesh):
+    def __init__(self, mesh: Mesh, put: Callable[[Any, NamedSharding], Any] | None = None):
         self.mesh = mesh
+        self._to = put or functools.partial(jax.device_put, may_alias=True)
 
     def sharding(self, logical: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
         """Returns the sharding of an array with these logical axes."""
@@ -124,7 +127,7 @@ class Placement:
         return NamedSharding(self.mesh, partition(self.mesh, stored, shape, without="fsdp"))
 
     def _put(self, x: Any, logical: Sequence[str | None]) -> jax.Array:
-        return jax.device_put(x, self.sharding(logical, x.shape), may_alias=True)
+        return self._to(x, self.sharding(logical, x.shape))
 
     def adapter(self, pair: dict[str, Any], logical: Sequence[str], *, stacked: bool) -> dict:
         """Returns an adapter's arrays on the devices, split like the matrix they belong to."""
@@ -144,10 +147,14 @@ class Placement:
         """
 
         def put(x):
-            sharding = self.sharding((None, axes.BATCH, None), x.shape)
+            sharding = self.batch_sharding(x.shape)
             return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
         return {name: put(x) for name, x in arrays.items()}
+
+    def batch_sharding(self, shape: Sequence[int]) -> NamedSharding:
+        """Returns how ``[accumulation, rows, T]`` arrays are split."""
+        return self.sharding((None, axes.BATCH, None), shape)
 
 
 def _block_scales(scales: Any) -> Any:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,7 +12,7 @@ from jaxlora.checkpoints import hub
 from jaxlora.checkpoints.adapter import LoadedAdapter, read_adapter
 from jaxlora.checkpoints.fingerprint import base_fingerprint
 from jaxlora.checkpoints.fitted import fit
-from jaxlora.checkpoints.label_head import optional_leaves, with_head
+from jaxlora.checkpoints.label_head import optional_leaves
 from jaxlora.checkpoints.load import check_weights, read_model_config, storage_of
 from jaxlora.checkpoints.storage import Storage
 from jaxlora.config import derived, settings
@@ -29,14 +28,14 @@ from jaxlora.data.tokenizer import pad_id
 from jaxlora.lora import LoraConfig, Target, changes_base
 from jaxlora.lora.parts import Parts
 from jaxlora.models.config import ModelConfig
-from jaxlora.models.parameters import ParamSpec, describe
+from jaxlora.models.parameters import ParamSpec
 from jaxlora.models.task import task_of
 from jaxlora.models.transformer import Transformer
 from jaxlora.ops.arrays import FOUR_BIT
-from jaxlora.parallel.mesh import batch_shards, make_mesh
+from jaxlora.parallel.mesh import batch_shards
 from jaxlora.parallel.rules import Placement
 from jaxlora.training.labels import check_adapter, declared_names, labels_of_run, wanted_labels
-from jaxlora.training.leaves import trained_leaves
+from jaxlora.training.shape import adapter_options, shape_of_run
 from jaxlora.training.vocabulary import (
     check_learned,
     open_tokenizer,
@@ -121,9 +120,7 @@ def open_model(config: Config) -> Model:
         _check_storage(config, storage_of(folder))
         fresh = check_weights(folder, wanted, fresh)
         fingerprint = base_fingerprint(folder)
-    lora, start = settings.lora_config(config), None
-    if lora is not None:
-        lora = with_head(dataclasses.replace(lora, task_type=task_of(wanted).peft), wanted, fresh)
+    lora, start = adapter_options(config, wanted, fresh), None
     if lora is not None and config.lora_model_dir:
         start = read_adapter(
             hub.resolve(config.lora_model_dir), stored, fingerprint=fingerprint or None
@@ -131,17 +128,10 @@ def open_model(config: Config) -> Model:
         lora = start.config
         check_adapter(config, start, num_labels)
     tokens = open_tokenizer(config, tokenizer_folder(config, folder, stored, start))
-    cfg = fit(stored, lora, rows_wanted(config, stored, tokens, start), num_labels)
-    specs = describe(cfg)
-    targets, parts = trained_leaves(config, cfg, lora, start, fresh)
-    check_learned(config, stored, specs, tokens, (targets, parts))
-    placement = Placement(make_mesh(config.mesh.model_dump()))
-    transformer = Transformer(
-        cfg,
-        dtype=derived.compute_dtype(config, jax.default_backend()),
-        remat=derived.remat_policy(config),
-        constrain=placement.constrain,
-    )
+    rows = rows_wanted(config, stored, tokens, start)
+    shape = shape_of_run(config, fit(stored, lora, rows, num_labels), lora, start, fresh)
+    cfg, specs, parts = shape.cfg, shape.specs, shape.parts
+    check_learned(config, stored, specs, tokens, (shape.targets, parts))
     return Model(
         folder,
         stored,
@@ -149,12 +139,12 @@ def open_model(config: Config) -> Model:
         specs,
         tokens.tokenizer,
         fingerprint,
-        targets,
+        shape.targets,
         parts,
         lora,
         start,
-        transformer,
-        placement,
+        shape.transformer,
+        shape.placement,
         token_notes(cfg, specs, tokens, parts),
         declared_names(config, stored, raw, start),
     )

@@ -218,6 +218,21 @@ def init_optimizer(
     optimizer: optax.GradientTransformation, trainable: Tree, placement: Placement
 ) -> Any:
     """Returns a fresh optimizer state; moments live where their parameters live."""
+    shapes = optimizer_shapes(optimizer, trainable, placement)
+    shardings = jax.tree.map(lambda shape: shape.sharding, shapes)
+    return jax.jit(optimizer.init, out_shardings=shardings)(trainable)
+
+
+def optimizer_shapes(
+    optimizer: optax.GradientTransformation, trainable: Tree, placement: Placement
+) -> Any:
+    """Returns shape, dtype and sharding of every array of the optimizer's state.
+
+    Args:
+      optimizer: from `make_tx`.
+      trainable: arrays, or their shapes, dtypes and shardings.
+      placement: of what belongs to no parameter.
+    """
     leaves = dict(jax.tree_util.tree_leaves_with_path(trainable))
     whole = placement.sharding((), ())
 
@@ -231,8 +246,9 @@ def init_optimizer(
         return whole
 
     shapes = jax.eval_shape(optimizer.init, trainable)
-    shardings = jax.tree_util.tree_map_with_path(sharding, shapes)
-    return jax.jit(optimizer.init, out_shardings=shardings)(trainable)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(path, x)), shapes
+    )
 
 
 def saved(state: TrainState) -> Tree:
