@@ -131,7 +131,7 @@ def preprocess(source: Source, *overrides: str) -> tuple[Prepared, Any]:
     """Tokenizes the data of a configuration into the cache; returns it with the tokenizer."""
     config = _config(source, overrides)
     tokenizer = open_tokenizer(config).tokenizer
-    replicas = batch_shards(make_mesh(config.mesh.model_dump())) if config.streaming else 1
+    replicas = batch_shards(make_mesh(settings.mesh_sizes(config))) if config.streaming else 1
     prepared = prepare(
         settings.train_specs(config),
         settings.held_out_specs(config),

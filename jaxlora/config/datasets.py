@@ -216,7 +216,7 @@ class MeshConfig(Section):
     """Devices on each axis; -1 takes the devices that are left.
 
     >>> MeshConfig(fsdp=4)
-    MeshConfig(data=-1, fsdp=4, tensor=1)
+    MeshConfig(data=-1, fsdp=4, tensor=1, context=1, expert=1)
     """
 
     data: AxisSize = 1
@@ -225,6 +225,10 @@ class MeshConfig(Section):
     """Devices that share the weights and split the rows."""
     tensor: AxisSize = 1
     """Devices that split every matrix."""
+    context: AxisSize = 1
+    """Devices that split the tokens of every row; sequence_len must divide by it."""
+    expert: AxisSize = 1
+    """Devices that share the experts of a mixture and split the rows."""
 
     @model_validator(mode="before")
     @classmethod
@@ -237,7 +241,7 @@ class MeshConfig(Section):
 
     @model_validator(mode="after")
     def _at_most_one_axis_takes_the_rest(self) -> "MeshConfig":
-        sizes = (self.data, self.fsdp, self.tensor)
+        sizes = (self.data, self.fsdp, self.tensor, self.context, self.expert)
         if 0 in sizes:
             raise ValueError("an axis has 0 devices; use 1 for an unused axis")
         if sizes.count(-1) > 1:

@@ -28,9 +28,10 @@ _NO_OP = {
         fsdp_version fsdp_final_state_dict_type deepspeed ddp ddp_find_unused_parameters ddp_timeout
         ddp_bucket_cap_mb ddp_broadcast_buffers accelerator_config device_map device local_rank
         world_size use_ray ray_num_workers ray_run_name resources_per_worker""",
-    "the fsdp axis of the mesh splits the weights of experts too": """expert_parallel_size
+    "tokens go to their experts by the collectives of XLA, and none is dropped": """
         expert_parallel_num_nvl_bytes expert_parallel_num_rdma_bytes expert_parallel_token_capacity
         expert_parallel_backend expert_parallel_fallback_on_unsupported""",
+    "keys and values are gathered; what is computed is the same": "heads_k_stride ring_attn_func",
     "no remote code is ever run; the architecture must be one that jaxlora knows": """
         trust_remote_code""",
     "the architecture is read from config.json": """model_type type_of_model cls_model_config
@@ -103,7 +104,7 @@ _NO_OP = {
     "it only matters with a key that jaxlora refuses": """gptq_disable_exllama
         fp8_enable_fsdp_float8_all_gather fp8_config nvfp4_merge_aware_start_step
         relora_prune_ratio relora_prune_method relora_cpu_offload jagged_restart_warmup_steps
-        jagged_restart_anneal_steps heads_k_stride ring_attn_func eaft_alpha eaft_k
+        jagged_restart_anneal_steps eaft_alpha eaft_k
         lisa_step_interval lisa_layers_attribute pose_split_on_token_ids pose_max_context_len
         pose_num_chunks scaling_softmax_factor scaling_softmax_bias image_size
         image_resize_algorithm processor_kwargs role_boundaries pretraining_sample_concatenation
@@ -132,8 +133,6 @@ _REFUSED = {
         model_quantization_config model_quantization_config_kwargs fp8 use_onebitllms
         nvfp4_merge_aware nonexpert_quantization gemma4_fp8_nonexpert gemma4_nf4_nonexpert
         dsv4_fp8_nonexpert_mode dsv4_bf16_all llama4_linearized_experts""",
-    "context parallelism is not available; raise mesh.fsdp and use remat": """context_parallel_size
-        sequence_parallel_degree""",
     "not available; use split, for instance train[:10%]": "dataset_shard_num dataset_shard_idx",
     "not available; sample_packing wastes less": "group_by_length",
     "not available; train their rows: peft_trainable_token_indices": "fix_untrained_tokens",
@@ -175,6 +174,9 @@ MAPPED: Mapping[str, tuple[str, ...]] = {
     "dp_shard_size": ("mesh", "fsdp"),
     "dp_replicate_size": ("mesh", "data"),
     "tensor_parallel_size": ("mesh", "tensor"),
+    "context_parallel_size": ("mesh", "context"),
+    "sequence_parallel_degree": ("mesh", "context"),
+    "expert_parallel_size": ("mesh", "expert"),
 }
 """Key: path of our key that means the same."""
 

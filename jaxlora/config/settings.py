@@ -72,6 +72,11 @@ def held_out_specs(config: Config) -> tuple[DatasetSpec, ...]:
     return tuple(map(_spec, config.test_datasets))
 
 
+def mesh_sizes(config: Config) -> dict[str, int] | None:
+    """Returns devices along each axis, None where the file leaves it to the devices there are."""
+    return config.mesh.model_dump() if config.mesh.model_fields_set else None
+
+
 def data_options(config: Config, labels: Labels | None = None, *, replicas: int = 1) -> DataOptions:
     """Returns how rows become examples, of these labels if they have any.
 

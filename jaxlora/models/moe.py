@@ -59,11 +59,11 @@ class MixtureOfExperts(nnx.Module):
     def __init__(self, cfg: ModelConfig):
         assert cfg.moe is not None
         self.moe = moe = cfg.moe
-        to_experts = (axes.EMBED, axes.EXPERT)
+        to_experts = (axes.EMBED, axes.EXPERT_SCORES)
         self.router = Linear(
             (cfg.embed_dim, moe.num_experts), to_experts, cfg, bias=moe.router_bias, kind="router"
         )
-        spec = ParamSpec((moe.num_experts,), (axes.EXPERT,), "zeros", kind="buffer")
+        spec = ParamSpec((moe.num_experts,), (axes.EXPERT_SCORES,), "zeros", kind="buffer")
         self.correction = declare(spec) if moe.correction else None
         self.experts = Experts(cfg, moe)
         self.shared = Mlp(cfg, moe.shared_dim) if moe.shared_dim else None

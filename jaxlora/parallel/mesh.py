@@ -1,33 +1,51 @@
-"""The device mesh: ``data`` (replicas), ``fsdp`` (sharded weights), ``tensor`` (split layers)."""
+"""The device mesh: how many devices lie along each axis, and which of them are neighbours."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from jaxlora.core import axes
 from jaxlora.core.errors import UserError
-
-MESH_AXES = ("data", "fsdp", "tensor")
+from jaxlora.ops.layout import MESH_AXES, ways
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a mesh over all devices.
 
+    Several slices (TPU pods joined by a data-centre network) are told apart along `data`, and along
+    `fsdp` where `data` is too small: what crosses the slow network is then one gradient a step.
+
     Args:
       sizes: devices along each axis; at most one -1 takes what is left, an absent axis is 1.
-        None shards weights over every device (``fsdp: -1``).
+        None shards weights over the devices of a slice (``data: number of slices, fsdp: -1``).
       devices: default all of them.
 
     Raises:
-      UserError: an unknown axis, or sizes that do not multiply to the number of devices.
+      UserError: an unknown axis, or sizes that do not multiply to the number of devices, or slices
+        that do not fit `data` and `fsdp`.
 
     >>> dict(make_mesh({"data": -1}, jax.devices()[:1]).shape)
-    {'data': 1, 'fsdp': 1, 'tensor': 1}
+    {'data': 1, 'fsdp': 1, 'expert': 1, 'context': 1, 'tensor': 1}
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = dict(sizes or {"fsdp": -1})
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    wanted = _completed(sizes or {"data": slices, "fsdp": -1}, len(devices))
+    shape = tuple(wanted.get(axis, 1) for axis in MESH_AXES)
+    if slices > 1:
+        laid_out = _across_slices(wanted, shape, slices, devices)
+    else:
+        laid_out = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(laid_out, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _completed(sizes: Mapping[str, int], count: int) -> dict[str, int]:
+    """`sizes` with the axis that is -1 filled in."""
+    sizes = dict(sizes)
     for axis, size in sizes.items():
         if axis not in MESH_AXES:
             raise UserError(f"mesh: unknown axis {axis!r}; expected {', '.join(MESH_AXES)}.")
@@ -37,17 +55,34 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | N
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     if len(open_axes) > 1:
         raise UserError(f"mesh: only one axis can be -1, got {' and '.join(open_axes)}.")
-    if open_axes and len(devices) % fixed == 0:
-        sizes[open_axes[0]] = len(devices) // fixed
-    elif fixed != len(devices):
+    if open_axes and count % fixed == 0:
+        sizes[open_axes[0]] = count // fixed
+    elif fixed != count:
         raise UserError(
-            f"mesh: {dict(sizes)} needs {fixed} devices, {len(devices)} are here; make the sizes "
+            f"mesh: {sizes} needs {fixed} devices, {count} are here; make the sizes "
             "multiply to that, or set one of them to -1."
         )
-    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return sizes
+
+
+def _across_slices(
+    sizes: Mapping[str, int], shape: tuple[int, ...], slices: int, devices: Sequence[Any]
+) -> np.ndarray:
+    """Devices in the shape of the mesh, those of one slice together."""
+    data = math.gcd(sizes.get("data", 1), slices)
+    outer = {"data": data, "fsdp": slices // data}
+    if sizes.get("fsdp", 1) % outer["fsdp"]:
+        raise UserError(
+            f"mesh: {slices} slices do not fit {dict(sizes)}: tensor, context and expert stay "
+            f"within a slice; make data a multiple of {slices}."
+        )
+    between = tuple(outer.get(axis, 1) for axis in MESH_AXES)
+    within = tuple(size // split for size, split in zip(shape, between, strict=True))
+    return mesh_utils.create_hybrid_device_mesh(
+        within, between, devices, allow_split_physical_axes=True
+    )
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Returns how many ways the batch is split: the product of ``data`` and ``fsdp``."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    """Returns how many ways the rows of a batch are split: over `data`, `fsdp` and `expert`."""
+    return ways(mesh, axes.BATCH)

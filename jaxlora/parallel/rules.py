@@ -1,4 +1,4 @@
-"""Where arrays live: logical axes are mapped to mesh axes by one table."""
+"""Where arrays live: parameters, adapters and batches on the devices of a mesh."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -6,51 +6,21 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from jaxlora.core import axes
 from jaxlora.ops import integer
 from jaxlora.ops.arrays import CODED, DoubleQuantized, QuantizedArray
-
-# Mesh axes for each logical axis. Weights are sharded over `fsdp` along the embedding and split
-# over `tensor` along the other side, so one gather over `fsdp` serves a layer.
-RULES: dict[str, tuple[str, ...]] = {
-    axes.BATCH: ("data", "fsdp"),
-    axes.EMBED: ("fsdp",),
-    axes.HEADS: ("tensor",),
-    axes.KV_HEADS: ("tensor",),
-    axes.MLP: ("tensor",),
-    axes.VOCAB: ("tensor",),
-    axes.EXPERT: (),  # every device has a share of every expert
-}
-
-
-def partition(
-    mesh: Mesh, logical: Sequence[str | None], shape: Sequence[int], *, without: str = ""
-) -> PartitionSpec:
-    """Returns how an array is split; a dimension that does not divide is kept whole.
-
-    Args:
-      mesh: the device mesh.
-      logical: logical axis of each dimension, None for "never split".
-      shape: size of each dimension.
-      without: a mesh axis to leave out.
-    """
-    spec = []
-    for name, size in zip(logical, shape, strict=True):
-        mesh_axes = tuple(axis for axis in RULES.get(name or "", ()) if axis != without)
-        ways = int(np.prod([mesh.shape[axis] for axis in mesh_axes]))
-        spec.append(mesh_axes if ways > 1 and size % ways == 0 else None)
-    return PartitionSpec(*spec)
+from jaxlora.ops.layout import partition, ways
 
 
 def undivided(mesh: Mesh, logical: Sequence[str], shape: Sequence[int]) -> list[str]:
     """Returns a note for every dimension that the rules would split but that does not divide."""
     notes = []
     for name, size in zip(logical, shape, strict=True):
-        ways = int(np.prod([mesh.shape[axis] for axis in RULES.get(name, ())]))
-        if ways > 1 and size % ways:
-            notes.append(f"{name} of {size} does not divide by {ways} devices: kept whole")
+        parts = ways(mesh, name)
+        if parts > 1 and size % parts:
+            notes.append(f"{name} of {size} does not divide by {parts} devices: kept whole")
     return notes
 
 
@@ -141,7 +111,7 @@ class Placement:
         return {name: self._put(x, layout.get(name, vector)) for name, x in pair.items()}
 
     def batch(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Returns ``[accumulation, rows, T]`` arrays with their rows split over the devices.
+        """Returns ``[accumulation, rows, T]`` arrays, rows and tokens split over the devices.
 
         Every process holds the whole (small) batch and hands over only its own rows.
         """
@@ -154,7 +124,7 @@ class Placement:
 
     def batch_sharding(self, shape: Sequence[int]) -> NamedSharding:
         """Returns how ``[accumulation, rows, T]`` arrays are split."""
-        return self.sharding((None, axes.BATCH, None), shape)
+        return self.sharding((None, axes.BATCH, axes.SEQUENCE), shape)
 
 
 def _block_scales(scales: Any) -> Any:

@@ -91,7 +91,8 @@ def describe_weights(plan: Plan, trainable: Any, frozen: Any) -> str:
         for path, spec in model.specs.items()
         for note in undivided(model.placement.mesh, spec.axes, spec.shape)
     ]
-    mesh = " x ".join(f"{name} {size}" for name, size in model.placement.mesh.shape.items())
+    sizes = model.placement.mesh.shape.items()
+    mesh = " x ".join(f"{name} {size}" for name, size in sizes if size > 1) or "one"
     return (
         f"model: {plan.config.base_model}: {total:,} parameters, {trained:,} trained "
         f"({trained / total:.2%}); base {bytes_on_devices(frozen) / 2**20:,.1f} MiB, trained "

@@ -81,7 +81,7 @@ def shape_of_run(
     """
     devices = jax.devices() if devices is None else list(devices)
     targets, parts = trained_leaves(config, cfg, lora, start, fresh)
-    placement = Placement(make_mesh(config.mesh.model_dump(), devices))
+    placement = Placement(make_mesh(settings.mesh_sizes(config), devices))
     transformer = Transformer(
         cfg,
         dtype=derived.compute_dtype(config, devices[0].platform),

@@ -166,15 +166,17 @@ def test_quoted_numbers_and_numeric_names_are_read():
 @pytest.mark.parametrize(
     ("given", "sizes"),
     [
-        ({}, (1, -1, 1)),
-        ({"fsdp": 4}, (-1, 4, 1)),
-        ({"data": 4}, (4, -1, 1)),
-        ({"data": -1}, (-1, 1, 1)),
-        ({"tensor": 2}, (1, -1, 2)),
-        ({"data": 2, "fsdp": 2}, (2, 2, 1)),
-        ({"tensor": -1}, (1, 1, -1)),
+        ({}, (1, -1, 1, 1, 1)),
+        ({"fsdp": 4}, (-1, 4, 1, 1, 1)),
+        ({"data": 4}, (4, -1, 1, 1, 1)),
+        ({"data": -1}, (-1, 1, 1, 1, 1)),
+        ({"tensor": 2}, (1, -1, 2, 1, 1)),
+        ({"context": 2}, (1, -1, 1, 2, 1)),
+        ({"expert": 2, "fsdp": 4}, (-1, 4, 1, 1, 2)),
+        ({"data": 2, "fsdp": 2}, (2, 2, 1, 1, 1)),
+        ({"tensor": -1}, (1, 1, -1, 1, 1)),
     ],
 )
 def test_devices_that_are_left_go_to_one_axis(given, sizes):
     mesh = load_config(MINIMAL | {"mesh": given}).mesh
-    assert (mesh.data, mesh.fsdp, mesh.tensor) == sizes
+    assert (mesh.data, mesh.fsdp, mesh.tensor, mesh.context, mesh.expert) == sizes

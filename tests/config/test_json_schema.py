@@ -74,7 +74,7 @@ REJECTED = [
     {"sample_packing": "yes"},
     {"lr_scheduler": "cosin"},
     {"rl": "dpo"},
-    {"context_parallel_size": 2},
+    {"group_by_length": True},
     {"datasets": [{"path": "x", "type": "alpaca", "shards": 0}]},
     {"datasets": [{"path": "x", "type": "alpaca", "splt": "x"}]},
     {"datasets": [{"type": "alpaca"}]},

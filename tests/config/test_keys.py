@@ -91,10 +91,11 @@ def test_false_asks_for_something_where_the_default_is_true(key):
 
 
 def test_a_key_that_asks_for_nothing_is_neither_refused_nor_noted():
-    for key, value in {"qat": None, "fsdp": [], "context_parallel_size": 1, "rl": ""}.items():
+    for key, value in {"qat": None, "fsdp": [], "rl": ""}.items():
         assert refusal(key, value) is None
         assert no_effect(key, value) == "it asks for nothing"
         assert notes(load_config(MINIMAL | {key: value})) == []
+    assert notes(load_config(MINIMAL | {"context_parallel_size": 1})) == []
 
 
 @pytest.mark.parametrize("task", [{"rl": "dpo"}, {"reward_model": True}])
@@ -142,7 +143,11 @@ def test_refused_key_of_a_data_set_is_an_error_only_when_live(key):
     ("key", "value", "ours"),
     [
         ("dp_shard_size", 4, {"mesh": {"fsdp": 4}}),
+        ("dp_replicate_size", 2, {"mesh": {"data": 2}}),
         ("tensor_parallel_size", 2, {"mesh": {"tensor": 2}}),
+        ("context_parallel_size", 2, {"mesh": {"context": 2}}),
+        ("sequence_parallel_degree", 2, {"mesh": {"context": 2}}),
+        ("expert_parallel_size", 2, {"mesh": {"expert": 2}}),
         ("bfloat16", True, {"bf16": True}),
         ("model_revision", "main", {"revision_of_model": "main"}),
     ],

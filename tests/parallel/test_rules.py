@@ -9,14 +9,15 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxlora.core import axes
+from jaxlora.ops.layout import MESH_AXES, RULES, partition
 from jaxlora.ops.quantize import dequantize, pack, quantize
 from jaxlora.parallel.mesh import make_mesh
-from jaxlora.parallel.rules import RULES, Placement, partition, undivided
+from jaxlora.parallel.rules import Placement, undivided
 
 
-def mesh(data=1, fsdp=1, tensor=1):
+def mesh(**sizes):
     """Stands in for a mesh of more devices than are here: the rules read its shape alone."""
-    return types.SimpleNamespace(shape={"data": data, "fsdp": fsdp, "tensor": tensor})
+    return types.SimpleNamespace(shape=dict.fromkeys(MESH_AXES, 1) | sizes)
 
 
 EIGHT = mesh(data=2, fsdp=2, tensor=2)
@@ -30,7 +31,7 @@ EIGHT = mesh(data=2, fsdp=2, tensor=2)
         ((axes.EMBED, axes.KV_HEADS), (8, 3), (("fsdp",), None)),
         ((axes.VOCAB, axes.EMBED), (8, 8), (("tensor",), ("fsdp",))),
         ((None, axes.EMBED, axes.MLP), (3, 8, 8), (None, ("fsdp",), ("tensor",))),
-        ((None, axes.BATCH, None), (1, 8, 16), (None, ("data", "fsdp"), None)),
+        ((None, axes.BATCH, None), (1, 8, 16), (None, ("data", "fsdp", "expert"), None)),
         ((None, axes.BATCH, None), (1, 6, 16), (None, None, None)),
     ],
 )
@@ -43,6 +44,14 @@ def test_an_axis_of_one_device_splits_nothing():
     assert spec == PartitionSpec(None, None)
 
 
+def test_experts_and_tokens_have_an_axis_of_their_own():
+    sizes = mesh(fsdp=2, expert=2, context=2)
+    spec = partition(sizes, (axes.EXPERT, axes.EMBED, axes.MLP), (4, 8, 8))
+    assert spec == PartitionSpec(("expert",), ("fsdp",), None)
+    spec = partition(sizes, (axes.BATCH, axes.SEQUENCE, None), (4, 8, 8))
+    assert spec == PartitionSpec(("data", "fsdp", "expert"), ("context",), None)
+
+
 def test_a_mesh_axis_can_be_left_out():
     spec = partition(EIGHT, (axes.EMBED, axes.MLP), (8, 8), without="fsdp")
     assert spec == PartitionSpec(None, ("tensor",))
@@ -50,7 +59,8 @@ def test_a_mesh_axis_can_be_left_out():
 
 def test_no_two_dimensions_of_a_weight_share_a_mesh_axis():
     weights = [RULES[axes.EMBED]]
-    others = [RULES[name] for name in (axes.HEADS, axes.KV_HEADS, axes.MLP, axes.VOCAB)]
+    names = (axes.HEADS, axes.KV_HEADS, axes.MLP, axes.VOCAB, axes.EXPERT)
+    others = [RULES[name] for name in names]
     assert all(not set(embed) & set(other) for embed in weights for other in others)
 
 

@@ -1,0 +1,53 @@
+"""Which mesh axes an array's logical axes are split over: one table for weights and activations."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from jax.sharding import PartitionSpec
+
+from jaxlora.core import axes
+
+MESH_AXES = ("data", "fsdp", "expert", "context", "tensor")
+"""From the slowest links to the fastest: neighbours on the last axis exchange the most."""
+
+# Weights are sharded over `fsdp` along the embedding and split over `tensor` along the other side,
+# so one gather over `fsdp` serves a layer. Rows are split over `expert` too: between the experts
+# every device has tokens of its own.
+RULES: dict[str, tuple[str, ...]] = {
+    axes.BATCH: ("data", "fsdp", "expert"),
+    axes.SEQUENCE: ("context",),
+    axes.EMBED: ("fsdp",),
+    axes.HEADS: ("tensor",),
+    axes.KV_HEADS: ("tensor",),
+    axes.MLP: ("tensor",),
+    axes.VOCAB: ("tensor",),
+    axes.EXPERT: ("expert",),
+}
+
+
+def ways(mesh: Any, logical: str | None, *, without: str = "") -> int:
+    """Returns into how many parts `mesh` splits a logical axis."""
+    return math.prod(mesh.shape[axis] for axis in _mesh_axes(logical, without))
+
+
+def partition(
+    mesh: Any, logical: Sequence[str | None], shape: Sequence[int], *, without: str = ""
+) -> PartitionSpec:
+    """Returns how an array is split; a dimension that does not divide is kept whole.
+
+    Args:
+      mesh: the device mesh, abstract or not.
+      logical: logical axis of each dimension, None for "never split".
+      shape: size of each dimension.
+      without: a mesh axis to leave out.
+    """
+    spec = []
+    for name, size in zip(logical, shape, strict=True):
+        parts = ways(mesh, name, without=without)
+        spec.append(_mesh_axes(name, without) if parts > 1 and size % parts == 0 else None)
+    return PartitionSpec(*spec)
+
+
+def _mesh_axes(logical: str | None, without: str) -> tuple[str, ...]:
+    return tuple(axis for axis in RULES.get(logical or "", ()) if axis != without)
