@@ -22,6 +22,7 @@ def add_commands(commands: Any) -> None:
         action="store_true",
         help="open model and data, say what would be done, write nothing",
     )
+    _add_process_flags(train)
     evaluate = add("evaluate", _evaluate, "Score on the held-out data.")
     evaluate.add_argument("--adapter", help="adapter to score; default: the one in output_dir")
     preprocess = add("preprocess", _preprocess, "Tokenize the data and show it.")
@@ -32,9 +33,25 @@ def add_commands(commands: Any) -> None:
     )
 
 
+def _add_process_flags(train: argparse.ArgumentParser) -> None:
+    """One run over several processes, each with devices of its own."""
+    group = train.add_argument_group("several processes, each started with the same configuration")
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="of process 0; auto: as SLURM or the TPU says"
+    )
+    group.add_argument(
+        "--num-processes", "--num_processes", type=int, metavar="N", help="how many there are"
+    )
+    group.add_argument(
+        "--process-id", "--process_id", type=int, metavar="I", help="which one this is, from 0"
+    )
+
+
 def _train(options: argparse.Namespace) -> int | None:
     from jaxlora import api
+    from jaxlora.parallel import processes
 
+    processes.join(options.coordinator, options.num_processes, options.process_id)
     if options.dry_run:
         from jaxlora.cli.configuration import print_report
         from jaxlora.training.rehearsal import rehearse

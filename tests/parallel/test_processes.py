@@ -1,0 +1,58 @@
+"""Processes find each other, share what one of them knows, and fail together."""
+
+import json
+from pathlib import Path
+
+import loopback
+import pytest
+
+from jaxlora.core.errors import UserError
+from jaxlora.parallel import processes
+
+
+def test_two_processes_agree():
+    program = str(Path(__file__).with_name("words.py"))
+    done = loopback.run([[program, "{coordinator}", "2", str(i)] for i in range(2)])
+    assert [each.returncode for each in done] == [0, 0], done[0].stderr + done[1].stderr
+    first, second = (json.loads(each.stdout.splitlines()[-1]) for each in done)
+    assert [first["numbers"], second["numbers"]] == [[2, 0, True], [2, 1, False]]
+    assert [first["called"], second["called"]] == [[0], []]
+    assert [first["order"], second["order"]] == [0, 1]
+    for said in (first, second):
+        assert said["exchanged"] == [{"n": 0}, {"n": 1}]
+        assert said["first"] == ["a", 1]
+        assert said["highest"] == 11
+        assert said["same"] is None
+        assert said["differs"].startswith("learning_rate: 0.001 on process 0 and 0.002 on process")
+    assert first["on_first"] == "the first has no file."
+    assert second["on_first"] == "process 0: the first has no file."
+    assert second["together"] == "the second has no file."
+    # What was the failure of an earlier block is that of every later one: the run is over.
+    assert first["together"] == "process 0: the first has no file."
+
+
+def test_one_process_needs_nobody(monkeypatch):
+    for name in (processes.COORDINATOR, processes.COUNT, processes.NUMBER):
+        monkeypatch.delenv(name, raising=False)
+    processes.join()
+    assert (processes.count(), processes.number(), processes.is_first()) == (1, 0, True)
+    assert processes.exchange("x", 1) == [1]
+    assert processes.on_first("x", lambda: 2) == processes.first_then_others("x", lambda: 2) == 2
+    assert processes.highest(3) == 3
+    processes.require_same({"jax": 1})
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "message"),
+    [
+        (("h:1", None, None), {}, "--num-processes and --process-id: not given"),
+        ((None, 2, None), {}, "--coordinator and --process-id: not given"),
+        ((None, 2, 0), {processes.COUNT: "3"}, "--coordinator: not given"),
+        ((None, None, None), {processes.NUMBER: "x"}, "JAX_PROCESS_ID: expected a whole number"),
+    ],
+)
+def test_half_an_address_is_refused(given, environment, message, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"^{message}"):
+        processes.join(*given)
