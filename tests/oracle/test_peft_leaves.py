@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from family_cases import CASES
 from safetensors.numpy import load_file
-from torch_models import logits_of, open_model
+from torch_models import logits_of
 
 from jaxlora import lora
 from jaxlora.checkpoints.adapter import LoadedAdapter, read_adapter
@@ -23,10 +24,12 @@ from jaxlora.checkpoints.whole import trained_entries, trained_tensors
 from jaxlora.core.tree import flatten, unflatten
 from jaxlora.lora.parts import fill
 from jaxlora.models.parameters import describe
+from jaxlora.models.task import NEXT_TOKEN, task_of
 from jaxlora.models.transformer import Transformer, bind
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 
 TOKENS = np.random.default_rng(0).integers(3, 61, (2, 13))
 # float32, 3 layers, logits of standard deviation about 1: both sides sum in their own order.
@@ -34,9 +37,12 @@ TOLERANCE = 1e-4
 # Of a gradient's own size: sums of a few hundred terms, in another order.
 GRADIENT_TOLERANCE = 1e-4
 
-BASES: dict[str, dict[str, Any]] = {
-    "llama": {"attention_bias": True},
-    "tied": {"tie_word_embeddings": True},
+# Of the variants that begin with these words; the others are of a LLaMA with biases.
+TIED = "tied"
+OTHER_BASES = {
+    "gpt-2": CASES["gpt-2"],  # weights [in, out], a tied head
+    "neox": CASES["gpt-neox, sequential"],  # q, k and v of a head in one matrix
+    "bert": CASES["bert"],  # no next token; a tied head with a bias of its own
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "head": {"modules_to_save": ["lm_head"]},
@@ -65,6 +71,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "tokens, whole head": {"trainable_token_indices": [5, 7], "modules_to_save": ["lm_head"]},
     "tied: tokens": {"trainable_token_indices": [5, 7, 31]},
+    "gpt-2: linear, norms": {
+        "target_modules": ["attn.c_attn"],
+        "modules_to_save": ["1.mlp.c_fc", "ln_f"],
+    },
+    "gpt-2: embedding, attention": {
+        "target_modules": ["mlp.c_proj"],
+        "modules_to_save": ["wte", "h.1.attn"],
+    },
+    "neox: linear, head": {
+        "target_modules": ["dense"],
+        "modules_to_save": ["query_key_value", "embed_out"],
+    },
+    "bert: linear, norm": {
+        "target_modules": ["query"],
+        "modules_to_save": ["1.intermediate.dense", "embeddings.LayerNorm"],
+    },
+    "bert: embeddings": {
+        "target_modules": ["key"],
+        "modules_to_save": ["word_embeddings", "position_embeddings"],
+    },
 }
 QUICK = ("head and embedding", "tied: head", "tied: pair on embedding", "tied: tokens")
 
@@ -82,6 +108,11 @@ class Trip:
     base: dict[str, Any]
     loss: float
     gradients: dict[str, np.ndarray]
+
+
+def open_model(folder, cfg):
+    kind = getattr(transformers, task_of(cfg).auto_class)
+    return kind.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def move(model):
@@ -118,21 +149,28 @@ def gradients_of(model):
     scope="module",
     params=[v if v in QUICK else pytest.param(v, marks=pytest.mark.oracle) for v in VARIANTS],
 )
-def trip(request, tiny_llama, tmp_path_factory):
-    folder = tiny_llama(**BASES["tied" if request.param.startswith("tied") else "llama"])
+def trip(request, tiny_llama, make_case, tmp_path_factory):
+    name = request.param.partition(":")[0]
+    if name in OTHER_BASES:
+        folder = tmp_path_factory.mktemp("base")
+        make_case(OTHER_BASES[name], folder=folder)
+    else:
+        folder = tiny_llama(attention_bias=name != TIED, tie_word_embeddings=name == TIED)
+    stored, _ = read_model_config(folder)
     home = tmp_path_factory.mktemp("trip")
     options = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **VARIANTS[request.param]}
-    model = open_model(folder)
+    # PEFT's wrapper of that task wants a model that can generate.
+    options["task_type"] = "CAUSAL_LM" if task_of(stored) == NEXT_TOKEN else None
+    model = open_model(folder, stored)
     plain = logits_of(model, TOKENS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tied weights
-        config = peft.LoraConfig(task_type="CAUSAL_LM", **options)
+        config = peft.LoraConfig(**options)
         model = peft.get_peft_model(model, config).eval()
         move(model)
         model.save_pretrained(home / "theirs")
     loss, gradients = gradients_of(model)
 
-    stored, _ = read_model_config(folder)
     adapter = read_adapter(home / "theirs", stored)
     specs = describe(adapter.cfg)
     save_adapter(
@@ -141,12 +179,13 @@ def trip(request, tiny_llama, tmp_path_factory):
         adapter.targets,
         adapter.config,
         base_name=str(folder),
+        specs=specs,
         beside=trained_tensors(specs, adapter.parts, adapter.params),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # PEFT only warns of missing keys
         warnings.filterwarnings("ignore", message=".*tie.*")
-        back = peft.PeftModel.from_pretrained(open_model(folder), home / "ours").eval()
+        back = peft.PeftModel.from_pretrained(open_model(folder, stored), home / "ours").eval()
         state = peft.get_peft_model_state_dict(back, save_embedding_layers=False)
     base = load_base(folder, stored, adapter.cfg, dtype="float32", trained=adapter.parts)
     return Trip(
