@@ -15,7 +15,12 @@ from jaxlora.checkpoints.adapter_files import open_adapter
 from jaxlora.checkpoints.atomic import staged
 from jaxlora.checkpoints.label_head import labels_metadata
 from jaxlora.checkpoints.load import QuantSpec
-from jaxlora.checkpoints.peft_base import bias_modules, expert_names, has_fan_in
+from jaxlora.checkpoints.peft_base import (
+    bias_modules,
+    expert_names,
+    has_fan_in,
+    refuse_unloadable,
+)
 from jaxlora.checkpoints.peft_config import CONFIG_FILE, write_config
 from jaxlora.checkpoints.peft_tensors import PREFIX, entries, put, to_peft
 from jaxlora.checkpoints.tensor_view import Tensors
@@ -76,8 +81,9 @@ def save_adapter(
       labels: what a classifier's labels are called; `read_adapter` reads them.
 
     Raises:
-      UserError: a value is not finite, or the folder cannot be written.
+      UserError: a value is not finite, the folder cannot be written, or PEFT could not load it.
     """
+    refuse_unloadable(specs or {}, targets, config)
     leaves = {path: {k: np.asarray(x) for k, x in pair.items()} for path, pair in adapter.items()}
     tensors = {
         key: to_peft(leaves[path][part], targets[path], layer, part)
@@ -109,9 +115,7 @@ def save_adapter(
             base_name=base_name,
             revision=revision,
             fan_in_fan_out=specs is not None and has_fan_in(specs, targets),
-            base_modules={
-                name for each in adaptable_modules(specs or {}).values() for name in each
-            },
+            base_modules={n for each in adaptable_modules(specs or {}).values() for n in each},
             expert_names=expert_names(specs or {}),
         )
 

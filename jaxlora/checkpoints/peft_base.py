@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from jaxlora.core.errors import UserError
+from jaxlora.lora.config import LoraConfig
 from jaxlora.lora.targets import Target
 from jaxlora.models.parameters import ParamSpec
 
@@ -23,6 +25,28 @@ def expert_names(specs: Mapping[str, ParamSpec]) -> set[str]:
         if spec.kind == "experts" and spec.parts
         for name in spec.hf_names
     }
+
+
+def refuse_unloadable(
+    specs: Mapping[str, ParamSpec], targets: Mapping[str, Target], config: LoraConfig
+) -> None:
+    """Refuses what PEFT has no adapter for: DoRA and biases on linear layers beside experts.
+
+    They are named by their weight there (`expert_names`), and such an adapter has neither.
+
+    Raises:
+      UserError: which layers, and what to do.
+    """
+    key = "peft_use_dora" if config.use_dora else "peft_lora_bias" if config.lora_bias else None
+    names = {target.modules[0].rpartition(".")[2] for target in targets.values()}
+    taken = sorted(names & expert_names(specs))
+    if key and taken:
+        others = sorted(names - set(taken))
+        raise UserError(
+            f"{key}: PEFT takes {', '.join(taken)} of this model for experts, which can have "
+            f"none; name the other layers in lora_target_modules ({', '.join(others)}), or remove "
+            f"{key}."
+        )
 
 
 def bias_modules(specs: Mapping[str, ParamSpec]) -> dict[str, list[str]]:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 
 from jaxlora.checkpoints.adapter import LoadedAdapter
 from jaxlora.checkpoints.fitted import adapter_parts
-from jaxlora.checkpoints.peft_base import bias_modules
+from jaxlora.checkpoints.peft_base import bias_modules, refuse_unloadable
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError
 from jaxlora.lora.biases import with_biases
@@ -51,6 +51,7 @@ def trained_leaves(
         parts = adapter_parts(cfg, lora)
     else:
         targets, parts = _with_dropout(start.targets, config.lora_dropout), start.parts
+    refuse_unloadable(specs, targets, lora)
     _refuse_odd_tables(lora, targets, specs)
     for path in targets.keys() & parts.keys():
         layers = parts[path].layers or range(len(targets[path].ranks))

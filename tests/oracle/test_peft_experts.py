@@ -14,7 +14,9 @@ from safetensors.numpy import load_file
 
 from jaxlora.checkpoints.load import QuantSpec, load_params, read_model_config
 from jaxlora.checkpoints.peft import load_adapter, save_adapter
+from jaxlora.checkpoints.peft_base import refuse_unloadable
 from jaxlora.checkpoints.save import save_model
+from jaxlora.core.errors import UserError
 from jaxlora.core.tree import flatten
 from jaxlora.lora import LoraConfig, apply, count, init
 from jaxlora.models.parameters import describe
@@ -244,3 +246,14 @@ def test_linear_layers_beside_experts_go_to_peft(make_case, name, tmp_path):
     }
     for path, leaf in flatten(again).items():
         np.testing.assert_array_equal(leaf, flatten(adapter)[path], err_msg=path)
+
+
+@pytest.mark.parametrize("option", ["use_dora", "lora_bias"])
+def test_linear_layers_beside_experts_with_what_peft_lacks_there_are_refused(option, make_case):
+    specs = describe(make_case(CASES["qwen3-moe, mixed layers"]).cfg)
+    config = LoraConfig(r=4, alpha=8, **{option: True})
+    message = rf"peft_{option}: .*gate_proj.*experts.*\(k_proj, o_proj, q_proj, v_proj\)"
+    with pytest.raises(UserError, match=message):
+        refuse_unloadable(specs, targets_of_specs(specs, config), config)
+    attention = dataclasses.replace(config, target_modules=("k_proj", "q_proj"))
+    refuse_unloadable(specs, targets_of_specs(specs, attention), attention)

@@ -1,6 +1,7 @@
 """What trains beside low-rank pairs, from `train` over resume and export to `merge`."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,13 +15,17 @@ from jaxlora.checkpoints.load import load_params, read_model_config
 from jaxlora.config.load import load_config
 from jaxlora.core.errors import UserError
 from jaxlora.generation.probe import probe_logits
+from jaxlora.lora.config import LoraConfig
+from jaxlora.models.families.read import read_config
 from jaxlora.ops.arrays import QuantizedArray
 from jaxlora.training.describe import describe_weights
+from jaxlora.training.leaves import trained_leaves
 from jaxlora.training.setup import make_plan
 from jaxlora.training.state import init_optimizer, load_weights, make_tx
 
 WHOLE = {"lora_modules_to_save": ["embed_tokens", "lm_head", "model.norm"]}
 
+PUBLISHED = Path(__file__).parents[1] / "models" / "configs"
 ADAPTER = ("adapter", "lora_r", "lora_alpha", "lora_target_modules")
 
 
@@ -149,6 +154,15 @@ def test_whole_modules_stay_plain_on_a_quantized_base(keys, tmp_path):
     assert isinstance(frozen["layers/mlp/up_proj/kernel"], QuantizedArray)
     trained = sum(leaf.size for leaf in jax.tree.leaves(trainable))
     assert f"{trained:,} trained" in describe_weights(plan, trainable, frozen)
+
+
+def test_what_peft_has_no_adapter_for_is_refused_before_training(keys, tmp_path):
+    """DeepSeek has dense layers below those with experts."""
+    raw = json.loads((PUBLISHED / "DeepSeek-V3.json").read_text())
+    cfg, config = read_config(raw), load_config({**keys, "output_dir": str(tmp_path)})
+    options = LoraConfig(r=4, alpha=8, use_dora=True)
+    with pytest.raises(UserError, match=r"peft_use_dora: .*gate_proj.*experts"):
+        trained_leaves(config, cfg, options, None)
 
 
 def test_norms_that_train_do_not_decay(keys, tmp_path):
