@@ -52,12 +52,14 @@ class Background:
         if failure is not None:
             raise failure
 
-    def join(self) -> None:
-        """Joins the work under way; a failure stays for `check`."""
+    def join(self, seconds: float | None = None) -> None:
+        """Joins the work under way, for so long at most; a failure stays for `check`."""
+        thread = self._thread
         # An interrupt may come between making a thread and starting it: then there is no ident.
-        if self._thread is not None and self._thread.ident is not None:
-            self._thread.join()
-        self._thread = None
+        if thread is not None and thread.ident is not None:
+            thread.join(seconds)
+        if thread is not None and not thread.is_alive():
+            self._thread = None
 
 
 _known: "weakref.WeakSet[Background]" = weakref.WeakSet()

@@ -101,6 +101,10 @@ class CheckpointStore:
         """Raises if a finished save failed; never waits. Meant to be called every step."""
         self._background.check()
 
+    def settle(self, seconds: float) -> None:
+        """Gives the save under way so long to be committed; raises nothing."""
+        self._background.join(seconds)
+
     def close(self) -> None:
         """The same as `wait`: call it in ``finally``, or use the store as a context manager."""
         self.wait()

@@ -17,7 +17,8 @@ _EPILOG = """examples:
   jaxlora merge outputs/quickstart --output merged     one folder that transformers loads
 
 Every MODEL is a folder or a Hugging Face hub id. An adapter folder knows its base model.
-Exit status: 0 done, 1 verification failed, 2 a mistake to mend (one line says which), 130 Ctrl-C.
+Exit status: 0 done, 1 verification failed, 2 a mistake to mend (one line says which), 3 a loss that
+is not finite, 75 stood still, 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1 (a run saves its state first).
 """
 
 
@@ -41,10 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         for line in str(error).splitlines():
             print(f"jaxlora: error: {line}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
+        return error.exit_code
+    except KeyboardInterrupt as interrupt:
         print("jaxlora: interrupted", file=sys.stderr)
-        return 130
+        return getattr(interrupt, "exit_code", 130)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -58,6 +58,8 @@ def _training(config: Config) -> Iterator[str]:
         and "loss_watchdog_patience" in config.model_fields_set
     ):
         yield "loss_watchdog_patience: no effect: loss_watchdog_threshold is not set"
+    if config.nonfinite == "stop" and "nonfinite_limit" in config.model_fields_set:
+        yield "nonfinite_limit: no effect: nonfinite is stop"
     if config.resume_from_checkpoint and config.auto_resume_from_checkpoints:
         yield "auto_resume_from_checkpoints: no effect: resume_from_checkpoint decides"
 

@@ -68,10 +68,8 @@ class Batches:
             are the tokens that were hidden. Where examples have labels these are the targets, at
             the first token of each row. With `token_types` also those, int32: 1 in a second text.
         """
-        epoch, index = divmod(step, self.steps_per_epoch)
-        size = self.rows * self.accumulation
-        chosen = self._epoch_order(epoch)[index * size : (index + 1) * size]
-        shape = (size, self.length)
+        chosen = self._chosen(step)
+        shape = (self.rows * self.accumulation, self.length)
         arrays = {
             "tokens": np.full(shape, self.pad_id, np.int32),
             "targets": np.zeros(shape, np.int32),
@@ -87,6 +85,15 @@ class Batches:
         full = (self.accumulation, self.rows, self.length)
         whole = {name: array.reshape(full) for name, array in arrays.items()}
         return whole if self.masking is None else self.masking(whole, step)
+
+    def examples(self, step: int) -> list[int]:
+        """The examples of batch `step` by their numbers in the table, row by row."""
+        return [int(each) for planned in self._chosen(step) for each in self.plan[int(planned)]]
+
+    def _chosen(self, step: int) -> NDArray[np.int64]:
+        epoch, index = divmod(step, self.steps_per_epoch)
+        size = self.rows * self.accumulation
+        return self._epoch_order(epoch)[index * size : (index + 1) * size]
 
     def _fill(self, row: dict[str, NDArray], planned: int) -> None:
         start = 0

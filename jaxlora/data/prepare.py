@@ -21,6 +21,7 @@ from jaxlora.data.held_out import hold_out
 from jaxlora.data.identity import key_parts, refuse_changed, stamps
 from jaxlora.data.instructions import INSTRUCTIONS
 from jaxlora.data.labels import labelled_examples
+from jaxlora.data.origins import write_row_numbers
 from jaxlora.data.prompts import CustomPrompt, Instruction, completion, input_output
 from jaxlora.data.report import (
     DUPLICATE,
@@ -195,10 +196,13 @@ def _build(
     if test_specs:
         test_reports, _ = _write(out / "evaluation", test_specs, whole, encoder, progress, seen)
     counts = [report.examples for report in train_reports]
+    rows = np.frombuffer(row_of, np.int64)
     if held_out:
-        staying = hold_out(out, np.frombuffer(row_of, np.int64), options)
+        staying = hold_out(out, rows, options)
+        rows = rows[staying]
         starts = np.cumsum([0, *counts[:-1]])
         counts = np.add.reduceat(staying.astype(np.int64), starts).tolist()
+    write_row_numbers(out / "train", rows)
     packed = options.sample_packing
     eval_packed = packed if options.eval_sample_packing is None else options.eval_sample_packing
     evaluation = None

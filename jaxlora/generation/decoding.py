@@ -7,7 +7,7 @@ leaves `bind` accepts (plain, quantized, LoRA) decode as they are.
 """
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -67,6 +67,7 @@ def generate(
     pad_id: int = 0,
     *,
     batch_size: int = 8,
+    between: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """Returns the answer to each prompt as token ids, without the end token that stopped it.
 
@@ -80,6 +81,7 @@ def generate(
       eos_ids: tokens that end an answer.
       pad_id: any valid id, for empty places.
       batch_size: prompts decoded at a time.
+      between: called before each batch.
 
     Raises:
       UserError: a prompt is empty, leaves no room in the context, or has an id out of range.
@@ -91,6 +93,7 @@ def generate(
     by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     rows = min(batch_size, len(prompts))
     for start in range(0, len(prompts), max(rows, 1)):
+        between()
         numbers = by_length[start : start + rows]
         tokens, lengths = _left_padded([prompts[n] for n in numbers], rows, pad_id)
         budgets = np.zeros(rows, np.int32)  # 0 for the empty rows of a short last batch

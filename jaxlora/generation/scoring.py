@@ -1,7 +1,7 @@
 """How often the greedy answer is exactly the expected text."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from jaxlora.generation.decoding import Params, generate
@@ -51,13 +51,14 @@ def exact_match(
     *,
     eos_ids: Collection[int] | None = None,
     batch_size: int = 8,
+    between: Callable[[], None] = lambda: None,
 ) -> Score:
     """Generates an answer to each prompt and counts those equal to the expected text.
 
     White space around answer and expected text does not count; a special token in an answer does.
 
     Args:
-      transformer, params, options, batch_size: as for `generate`.
+      transformer, params, options, batch_size, between: as for `generate`.
       examples: prompt token ids with the expected text, less its end token.
       tokenizer: of transformers.
       eos_ids: what ends an answer; None: the tokenizer's end token.
@@ -67,7 +68,9 @@ def exact_match(
     """
     ends = end_ids(tokenizer) if eos_ids is None else eos_ids
     prompts = [list(prompt) for prompt, _ in examples]
-    answers = generate(transformer, params, prompts, options, ends, batch_size=batch_size)
+    answers = generate(
+        transformer, params, prompts, options, ends, batch_size=batch_size, between=between
+    )
     samples = tuple(
         Sample(
             answer_text(tokenizer, (), prompt, special=True),

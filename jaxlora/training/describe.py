@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from jaxlora.config import settings
+from jaxlora.data.origins import origins
 from jaxlora.data.report import Report, SourceReport
 from jaxlora.data.table import TokenTable, decode, spans
 from jaxlora.lora import count
@@ -108,3 +110,21 @@ def describe_result(plan: Plan) -> str:
     text = f"{kind}, loss curve and model card: {folder}"
     writes = task_of(plan.model.cfg) == NEXT_TOKEN
     return text + (f"\nchat with it: jaxlora chat {folder}" if writes else "")
+
+
+def describe_rows(plan: Plan, step: int, most: int = 8) -> str:
+    """Returns where the rows of training batch `step` (from 0) are, as ``file:line``."""
+    specs = settings.train_specs(plan.config)
+    places = origins(plan.data.report, specs, plan.batches.examples(step))
+    more = f" and {len(places) - most} more" if len(places) > most else ""
+    return f"{', '.join(places[:most])}{more}"
+
+
+def describe_time(seconds: Mapping[str, float]) -> str:
+    """Returns what the time of a run went to.
+
+    >>> describe_time({"setup": 1.0, "step": 3.0})
+    'time: 4.0 s: setup 1.0, step 3.0'
+    """
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
+    return f"time: {sum(seconds.values()):.1f} s: {parts}"

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ from jaxlora.data.scoring import examples_for_scoring, table_for_scoring
 from jaxlora.generation.sampling import SamplingOptions
 from jaxlora.generation.scoring import Score, exact_match
 from jaxlora.training.labels import Confusion
+from jaxlora.training.metrics import Sink, write_all
+from jaxlora.training.progress import Display
 from jaxlora.training.setup import Plan, make_plan
-from jaxlora.training.state import load_weights
+from jaxlora.training.state import TrainState, load_weights
 from jaxlora.training.step import make_eval_step, weights
 
 EXACT_MATCH_ROWS = 200  # enough for a standard error below 4 points
@@ -54,13 +57,23 @@ class HeldOut:
         )
 
 
-def held_out(eval_step: Callable[..., Any], trainable: Tree, frozen: Tree, plan: Plan) -> HeldOut:
-    """Returns loss and, of a classifier, accuracy over the held-out data, every row once."""
+def held_out(
+    eval_step: Callable[..., Any],
+    trainable: Tree,
+    frozen: Tree,
+    plan: Plan,
+    between: Callable[[], None] = lambda: None,
+) -> HeldOut:
+    """Returns loss and, of a classifier, accuracy over the held-out data, every row once.
+
+    `between` is called before each batch.
+    """
     batches, placement = plan.eval_batches, plan.model.placement
     assert batches is not None, "there is held-out data"
     loss_sum = tokens = 0.0
     counts: Any = 0.0
     for number in range(batches.steps_per_epoch):
+        between()
         batch = placement.batch(batches.batch(number))
         batch_sum, batch_tokens, confusion = eval_step(trainable, frozen, batch)
         loss_sum, tokens = loss_sum + float(batch_sum), tokens + float(batch_tokens)
@@ -84,7 +97,9 @@ def scoring_examples(plan: Plan) -> list[tuple[list[int], str]]:
     return examples
 
 
-def held_out_score(plan: Plan, trainable: Tree, frozen: Tree) -> Score:
+def held_out_score(
+    plan: Plan, trainable: Tree, frozen: Tree, between: Callable[[], None] = lambda: None
+) -> Score:
     """Generates an answer to every scoring prompt, greedily, and counts the exact ones."""
     return exact_match(
         plan.model.transformer,
@@ -93,7 +108,63 @@ def held_out_score(plan: Plan, trainable: Tree, frozen: Tree) -> Score:
         plan.model.tokenizer,
         SamplingOptions(max_new_tokens=plan.config.eval_max_new_tokens),
         batch_size=max(8, derived.eval_rows(plan.config)),
+        between=between,
     )
+
+
+class Evaluator:
+    """Evaluates the states of a run and writes what it finds to screen and sinks.
+
+    Args:
+      plan: the run.
+      eval_step: compiled.
+      display, sinks: where the numbers go.
+      between: called before each batch.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        eval_step: Callable[..., Any],
+        display: Display,
+        sinks: Sequence[Sink],
+        between: Callable[[], None],
+    ):
+        self._plan, self._eval_step = plan, eval_step
+        self._display, self._sinks, self._between = display, sinks, between
+
+    def loss(self, state: TrainState) -> dict[str, float]:
+        """Evaluates held-out loss and accuracy; nothing without held-out data."""
+        if self._plan.eval_batches is None:
+            return {}
+        started = time.monotonic()
+        found = held_out(self._eval_step, state.trainable, state.frozen, self._plan, self._between)
+        self._display.pause(time.monotonic() - started)
+        self._display.say(str(found))
+        write_all(self._sinks, state.step, found.metrics)
+        return found.metrics
+
+    def everything(self, state: TrainState, when: str) -> dict[str, float]:
+        """The same, and exact matches if they are asked for."""
+        found = self.loss(state)
+        if not self._plan.config.eval_exact_match:
+            return found
+        started = time.monotonic()
+        score = held_out_score(self._plan, state.trainable, state.frozen, self._between)
+        self._display.pause(time.monotonic() - started)
+        self._display.say(
+            f"held-out exact match {when}: {score.rate:.1%} ({score.correct} of {score.total})"
+        )
+        write_all(self._sinks, state.step, {"exact_match": score.rate})
+        return found | {"exact_match": score.rate}
+
+    def before(self, state: TrainState, first: dict[str, float]) -> dict[str, float]:
+        """Numbers from before training; a run that continues has them in its metrics."""
+        if "eval_loss" in first and (
+            "exact_match" in first or not self._plan.config.eval_exact_match
+        ):
+            return first
+        return self.everything(state, "before training")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.checkpoints import run_folder
+from jaxlora.checkpoints.space import check_space
 from jaxlora.checkpoints.store import CheckpointStore
 from jaxlora.config import derived
 from jaxlora.config.load import dump_config
 from jaxlora.config.notes import notes
 from jaxlora.config.schema import Config
-from jaxlora.core.errors import UserError
 from jaxlora.training import resume
-from jaxlora.training.describe import describe_data, describe_result, describe_weights
-from jaxlora.training.evaluation import held_out, held_out_score
+from jaxlora.training.describe import (
+    describe_data,
+    describe_result,
+    describe_rows,
+    describe_time,
+    describe_weights,
+)
+from jaxlora.training.evaluation import Evaluator
 from jaxlora.training.export import export_weights
 from jaxlora.training.interrupt import Interrupts
 from jaxlora.training.metrics import (
@@ -32,14 +37,19 @@ from jaxlora.training.metrics import (
     record_at,
     write_all,
 )
+from jaxlora.training.nonfinite import NonFiniteError, is_finite, skip_or_stop
+from jaxlora.training.phases import Phases
 from jaxlora.training.progress import Display
 from jaxlora.training.results import TrainResult, write_report
+from jaxlora.training.saving import Saver
 from jaxlora.training.setup import Plan, make_plan
+from jaxlora.training.stall import StallGuard
 from jaxlora.training.state import (
     TrainState,
     init_optimizer,
     load_weights,
     make_tx,
+    needed_bytes,
     saved,
     split_pairs,
 )
@@ -57,22 +67,25 @@ def train(config: Config, *, quiet: bool = False) -> TrainResult:
       quiet: print nothing.
 
     Raises:
-      UserError: a mistake in the configuration, the model, the data or the folder; a loss that is
-        not finite.
+      UserError: a mistake in the configuration, the model, the data or the folder.
+      NonFiniteError: a loss or gradient that is not finite; the state before it is saved.
+      Interrupted: a signal; the state is saved.
     """
     with contextlib.ExitStack() as stack:
+        phases, interrupts = Phases(), stack.enter_context(Interrupts())
         precision = derived.matmul_precision(config)
         stack.enter_context(jax.default_matmul_precision(precision or "default"))
         display = Display(1, quiet=quiet)
         for note in notes(config):
             display.say(f"note: {note}")
         origin = resume.find_origin(config)
-        run_folder.check(config.output_dir, resume=origin.continues)
+        wanted = run_folder.check(config.output_dir, resume=origin.continues)
         plan = make_plan(config, display.say)
         display.say(describe_data(plan))
         trainable, frozen = load_weights(config, plan.model)
         display.say(describe_weights(plan, trainable, frozen))
-        run = Run(plan, trainable, frozen, origin)
+        run = Run(plan, trainable, frozen, origin, phases, interrupts)
+        check_space(wanted, needed_bytes(config, run.state, plan.total_steps, run.save_every))
         folder = stack.enter_context(
             run_folder.claim(
                 config.output_dir, config_text=dump_config(config), resume=origin.continues
@@ -88,11 +101,21 @@ class Run:
       plan: the checked run.
       trainable, frozen: from `load_weights`.
       origin: where it starts.
+      phases: of its time.
+      interrupts: what may end it.
     """
 
-    def __init__(self, plan: Plan, trainable: Any, frozen: Any, origin: resume.Origin):
+    def __init__(
+        self,
+        plan: Plan,
+        trainable: Any,
+        frozen: Any,
+        origin: resume.Origin,
+        phases: Phases,
+        interrupts: Interrupts,
+    ):
         config, model = plan.config, plan.model
-        self.plan, self.origin = plan, origin
+        self.plan, self.origin, self.phases, self.interrupts = plan, origin, phases, interrupts
         optimizer, self.schedule = make_tx(config, trainable, model.specs, plan.total_steps)
         self.state = TrainState(
             trainable,
@@ -102,17 +125,18 @@ class Run:
         )
         key = jax.random.fold_in(jax.random.key(config.seed), 2)
         like = (self.state.trainable, self.state.opt_state)
-        self.train_step = make_train_step(model.transformer, model.targets, optimizer, key, like)
-        self.eval_step = make_eval_step(model.transformer, model.targets)
+        self.train_step = phases.compiling(
+            make_train_step(model.transformer, model.targets, optimizer, key, like)
+        )
+        self.eval_step = phases.compiling(make_eval_step(model.transformer, model.targets))
         self.eval_every = derived.eval_every(config, plan.steps_per_epoch)
         self.save_every = derived.save_every(config, plan.steps_per_epoch)
         self.log_every = derived.logging_steps(config, plan.total_steps)
         self.watchdog = LossWatchdog(
             config.loss_watchdog_threshold, patience=config.loss_watchdog_patience
         )
-        self.failed = False
+        self.failed = self.stepped = False
         self.last_loss = math.nan
-        self.saved_step: int | None = None
 
     def execute(self, folder: Path, stack: contextlib.ExitStack, quiet: bool) -> TrainResult:
         """Restores, trains, evaluates, saves and exports."""
@@ -121,31 +145,53 @@ class Run:
         stack.enter_context(store)
         if self.origin.store is not None:
             self.state = resume.restore(self.origin, plan, self.state, store)
-            self.saved_step = self.state.step if self.origin.continues else None
+        own = self.state.step if self.origin.store is not None and self.origin.continues else None
+        saver = Saver(plan, store, self.phases, self.interrupts, own)
         # Not before: a continuation that is refused leaves the folder as it was.
         (folder / "config.yml").write_text(dump_config(config))
         records = read_lines(folder / METRICS_FILE)
         sinks = open_sinks(config, folder, after=self.state.step)
         stack.callback(lambda: [sink.close() for sink in sinks])
         display = stack.enter_context(Display(plan.total_steps, first=self.state.step, quiet=quiet))
+        self.phases.begin("other")
+        stack.enter_context(
+            StallGuard(self.phases, config.stall_timeout, folder, lambda: store.settle(10))
+        )
         if self.state.step:
             display.say(f"continuing from the checkpoint of step {self.state.step}")
             self.last_loss = record_at(records, self.state.step).get("loss", math.nan)
-        before = self._evaluate_before(display, sinks, record_at(records, 0))
+            # Of another run's folder: from now on this one has all it takes to continue.
+            saver.save(self.state)
+        evaluator = Evaluator(plan, self.eval_step, display, sinks, self._between)
+        self.interrupts.rescue = lambda: saver.rescue(self.state)
         try:
-            with Interrupts() as interrupts:
+            with self.phases("eval"):
+                before = evaluator.before(self.state, record_at(records, 0))
+            with self.interrupts.held():
                 while self.state.step < plan.total_steps and not self.failed:
-                    interrupts.check()
-                    self._step(display, sinks, store)
-        except KeyboardInterrupt:
-            self._stop(display, store)
+                    self.interrupts.check()
+                    self._step(display, sinks, store, saver, evaluator)
+                saver.save(self.state)
+            with self.phases("eval"):
+                after = evaluator.everything(self.state, "after training")
+            with self.phases("export"):
+                names = plan.labels and plan.labels.names
+                export_weights(config, plan.model, saved(self.state), folder, names)
+                result = self._result(folder, display, before, after)
+                write_report(plan, result)
+            with self.phases("save"):
+                store.wait()
+        except (KeyboardInterrupt, NonFiniteError):
+            saver.stop(self.state, display)
             raise
-        self._save(store)
-        after = self._evaluate(display, "after training", sinks)
-        export_weights(
-            config, plan.model, saved(self.state), folder, plan.labels and plan.labels.names
-        )
-        result = TrainResult(
+        display.say(describe_result(plan))
+        display.say(describe_time(seconds := self.phases.seconds()))
+        return dataclasses.replace(result, seconds=seconds)
+
+    def _result(
+        self, folder: Path, display: Display, before: dict[str, float], after: dict[str, float]
+    ) -> TrainResult:
+        return TrainResult(
             folder,
             self.state.step,
             self.last_loss,
@@ -157,32 +203,27 @@ class Run:
             after.get("eval_accuracy"),
             before.get("eval_accuracy"),
         )
-        write_report(plan, result)
-        store.wait()
-        display.say(describe_result(plan))
-        return result
 
-    def _step(self, display: Display, sinks: Sequence[Sink], store: CheckpointStore) -> None:
-        plan, state = self.plan, self.state
-        batch = plan.batches.batch(state.step)
-        tokens = int(np.count_nonzero(batch["segment_ids"]))
-        trainable, opt_state, metrics = self.train_step(
-            state.trainable,
-            state.opt_state,
-            state.frozen,
-            plan.model.placement.batch(batch),
-            jnp.int32(state.step),
-        )
-        # In one go: an interrupt finds the state before the step, or the one after it.
-        self.state = dataclasses.replace(
-            state, trainable=trainable, opt_state=opt_state, step=state.step + 1
-        )
-        step, values = self.state.step, self._checked(metrics)
-        self.failed = self.watchdog.barks(values["loss"])
-        last = step == plan.total_steps or self.failed
+    def _between(self) -> None:
+        """Between two batches of an evaluation."""
+        self.phases.beat()
+        self.interrupts.check()
+
+    def _step(
+        self,
+        display: Display,
+        sinks: Sequence[Sink],
+        store: CheckpointStore,
+        saver: Saver,
+        evaluator: Evaluator,
+    ) -> None:
+        values, tokens = self._advance(display)
+        step = self.state.step
+        self.failed = self.watchdog.barks(values.get("loss", 0.0))
+        last = step == self.plan.total_steps or self.failed
         display.advance(tokens)
-        log = step % self.log_every == 0 or last
-        display.update(values, log=log)
+        log = step % self.log_every == 0 or last or "loss" not in values
+        display.update({"loss": math.nan, "grad_norm": math.nan} | values, log=log)
         if log:
             rate = {"tokens_per_s": round(display.tokens_per_s, 1)}
             write_all(sinks, step, values | rate)
@@ -194,72 +235,60 @@ class Run:
         store.check()
         # Evaluated before it is saved: what continues from a checkpoint has its numbers.
         if self.eval_every and step % self.eval_every == 0 and not last:
-            self._evaluate_loss(display, sinks)
+            with self.phases("eval"):
+                evaluator.loss(self.state)
         if self.save_every and step % self.save_every == 0 and not last:
-            self._save(store)
+            saver.save(self.state)
 
-    def _checked(self, metrics: dict[str, jax.Array]) -> dict[str, float]:
-        """Numbers of the step just done; stops a run that has left the finite numbers."""
-        step = self.state.step
-        values = {name: float(value) for name, value in metrics.items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            raise UserError(
-                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}: not "
-                "finite, the update was not applied; lower learning_rate or check the data, and "
-                "continue with resume_from_checkpoint: true."
+    def _advance(self, display: Display) -> tuple[dict[str, float], int]:
+        """Does one step; returns its numbers and how many tokens it had."""
+        plan, state = self.plan, self.state
+        with self.phases("data"):
+            batch = plan.batches.batch(state.step)
+            tokens = int(np.count_nonzero(batch["segment_ids"]))
+        # The first call compiles, and then there is nothing that is not saved.
+        with self.phases("step"), self.interrupts.unsaved(when=self.stepped):
+            trainable, opt_state, metrics = self.train_step(
+                state.trainable,
+                state.opt_state,
+                state.frozen,
+                plan.model.placement.batch(batch),
+                jnp.int32(state.step),
             )
-        self.last_loss = values["loss"]
+            # In one go: who saves finds the state before the step, or the one after it.
+            self.state = dataclasses.replace(
+                state, trainable=trainable, opt_state=opt_state, step=state.step + 1
+            )
+            values = {name: float(value) for name, value in metrics.items()}
+        self.stepped = True
+        return self._judged(values, state, display), tokens
+
+    def _judged(
+        self, values: dict[str, float], before: TrainState, display: Display
+    ) -> dict[str, float]:
+        """Numbers of the step just done; stops a run that has left the finite numbers."""
+        step, finite, config = self.state.step, is_finite(values), self.plan.config
+        skipped = before.skipped.ended() if finite else before.skipped.another()
+        if finite:
+            self.last_loss = values["loss"]
+        else:
+            try:
+                note = skip_or_stop(
+                    config.nonfinite,
+                    config.nonfinite_limit,
+                    skipped,
+                    step,
+                    values,
+                    lambda: describe_rows(self.plan, step - 1),
+                )
+            except NonFiniteError:  # the arrays are those of the step before
+                self.state = dataclasses.replace(self.state, step=before.step)
+                raise
+            display.say(note)
+            values = {"skipped": float(skipped.total)}
+        self.state = dataclasses.replace(self.state, skipped=skipped)
+        rate = self.schedule(max(step - 1 - skipped.total, 0))
         return values | {
             "epoch": step / self.plan.steps_per_epoch,
-            "learning_rate": float(jnp.asarray(self.schedule(step - 1))),
+            "learning_rate": float(jnp.asarray(rate)),
         }
-
-    def _evaluate_loss(self, display: Display, sinks: Sequence[Sink]) -> dict[str, float]:
-        plan, state = self.plan, self.state
-        if plan.eval_batches is None:
-            return {}
-        started = time.monotonic()
-        found = held_out(self.eval_step, state.trainable, state.frozen, plan)
-        display.pause(time.monotonic() - started)
-        display.say(str(found))
-        write_all(sinks, state.step, found.metrics)
-        return found.metrics
-
-    def _evaluate_before(
-        self, display: Display, sinks: Sequence[Sink], first: dict[str, float]
-    ) -> dict[str, float]:
-        """Numbers from before training; a run that continues has them in its metrics."""
-        if "eval_loss" in first and (
-            "exact_match" in first or not self.plan.config.eval_exact_match
-        ):
-            return first
-        return self._evaluate(display, "before training", sinks)
-
-    def _evaluate(self, display: Display, when: str, sinks: Sequence[Sink]) -> dict[str, float]:
-        found = self._evaluate_loss(display, sinks)
-        if not self.plan.config.eval_exact_match:
-            return found
-        started = time.monotonic()
-        score = held_out_score(self.plan, self.state.trainable, self.state.frozen)
-        display.pause(time.monotonic() - started)
-        display.say(
-            f"held-out exact match {when}: {score.rate:.1%} ({score.correct} of {score.total})"
-        )
-        write_all(sinks, self.state.step, {"exact_match": score.rate})
-        return found | {"exact_match": score.rate}
-
-    def _save(self, store: CheckpointStore) -> None:
-        if self.state.step != self.saved_step:
-            labels = self.plan.labels and self.plan.labels.names
-            meta = {"identity": resume.identity(self.plan), "labels": labels}
-            store.save(self.state.step, saved(self.state), meta)
-            self.saved_step = self.state.step
-
-    def _stop(self, display: Display, store: CheckpointStore) -> None:
-        """Saves what Ctrl-C left, unless it came in the middle of a step."""
-        whole = not any(leaf.is_deleted() for leaf in jax.tree.leaves(saved(self.state)))
-        if whole:
-            self._save(store)
-        store.wait()
-        saved_step = "saved" if whole else "last save:"
-        display.say(f"stopped; {saved_step} step {self.saved_step} (resume_from_checkpoint: true)")

@@ -1,6 +1,7 @@
 """What a finished run tells: its result, the loss curve and the model card."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ class TrainResult:
       exact_match, exact_match_before: share of exact held-out answers, if asked for.
       tokens_per_s: throughput, compilation and evaluation left out, padding not counted.
       accuracy, accuracy_before: of a classifier, share of right labels in the held-out data.
+      seconds: what the time went to, by phase; together the time since `train` was called.
     """
 
     output_dir: Path
@@ -37,6 +39,7 @@ class TrainResult:
     tokens_per_s: float
     accuracy: float | None = None
     accuracy_before: float | None = None
+    seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def history(self) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from jaxlora.config import derived
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError
 from jaxlora.lora import LoraConfig, changes_base
+from jaxlora.training.nonfinite import Skipped
 from jaxlora.training.setup import Plan
 from jaxlora.training.state import TrainState, saved
 
@@ -138,5 +139,6 @@ def restore(origin: Origin, plan: Plan, state: TrainState, store: CheckpointStor
         trainable=restored["trainable"],
         opt_state=restored["optimizer"],
         step=meta["step"],
+        skipped=Skipped(*meta.get("skipped", ())),
         initial=restored.get("initial", {}),
     )

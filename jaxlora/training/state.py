@@ -13,6 +13,8 @@ from jax.typing import DTypeLike
 from jaxlora import lora
 from jaxlora.checkpoints.fitted import load_base
 from jaxlora.checkpoints.load import QuantSpec
+from jaxlora.checkpoints.manifest import leaf_paths
+from jaxlora.checkpoints.space import checkpoint_bytes
 from jaxlora.config import derived
 from jaxlora.config.schema import Config
 from jaxlora.core.tree import Tree, flatten, unflatten
@@ -21,6 +23,7 @@ from jaxlora.ops.arrays import PatchedArray, QuantizedArray
 from jaxlora.optim.optimizers import make_optimizer
 from jaxlora.optim.schedules import make_schedule
 from jaxlora.parallel.rules import Placement
+from jaxlora.training.nonfinite import Skipped
 from jaxlora.training.setup import Model
 
 Progress = Callable[[int, int], None]
@@ -35,6 +38,7 @@ class TrainState:
       opt_state: the optimizer's.
       frozen: leaves that do not train.
       step: steps taken.
+      skipped: how many of them were left out.
       initial: pairs that were split off the base, `frozen` being the rest; empty otherwise.
     """
 
@@ -42,6 +46,7 @@ class TrainState:
     opt_state: Any
     frozen: Tree
     step: int = 0
+    skipped: Skipped = dataclasses.field(default_factory=Skipped)
     initial: Tree = dataclasses.field(default_factory=dict)
 
 
@@ -255,6 +260,18 @@ def saved(state: TrainState) -> Tree:
     """Returns the part of the state that a checkpoint holds."""
     kept = {"trainable": state.trainable, "optimizer": state.opt_state}
     return kept | ({"initial": state.initial} if state.initial else {})
+
+
+def needed_bytes(
+    config: Config, state: TrainState, total_steps: int, save_every: int | None
+) -> dict[str, int]:
+    """Returns the bytes that a run will write, by what they are."""
+    one = checkpoint_bytes(leaf_paths(saved(state)))
+    saves = 1 + (total_steps // save_every if save_every else 0)
+    # One more is written before the oldest goes.
+    count = min(saves, config.save_total_limit + 1)
+    weights = state.trainable if config.adapter else (state.trainable, state.frozen)
+    return {f"{count} checkpoints": count * one, "the result": bytes_on_devices(weights)}
 
 
 def split_pairs(model: Model, adapter: Tree) -> Tree:

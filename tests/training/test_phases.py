@@ -1,0 +1,63 @@
+"""Each second of a run belongs to one phase."""
+
+import contextlib
+import time
+
+import pytest
+
+from jaxlora.training.phases import Phases
+
+
+@pytest.fixture
+def clocked():
+    """Phases with a clock that is moved by hand."""
+    now = [0.0]
+    return Phases(clock=lambda: now[0]), now
+
+
+def test_time_belongs_to_the_innermost_phase_and_sums_to_what_passed(clocked):
+    phases, now = clocked
+    now[0] = 1
+    with phases("step"):
+        now[0] = 3
+        with phases("compile"):
+            assert phases.current == "compile"
+            now[0] = 7
+        now[0] = 8
+    phases.begin("other")
+    now[0] = 10
+    with contextlib.suppress(KeyError), phases("save"):
+        now[0] = 14
+        raise KeyError
+    assert phases.seconds() == {"setup": 1, "step": 3, "compile": 4, "other": 2, "save": 4}
+    assert sum(phases.seconds().values()) == 14
+
+
+def test_the_first_call_compiles_and_later_ones_do_not(clocked):
+    phases, now = clocked
+
+    def work(seconds):
+        now[0] += seconds
+        return seconds
+
+    step = phases.compiling(work)
+    with phases("step"):
+        assert [step(5.0), step(1.0), step(2.0)] == [5.0, 1.0, 2.0]
+    assert phases.seconds() == {"setup": 0, "step": 3, "compile": 5}
+
+
+def test_the_usual_length_is_the_median_of_what_was(clocked):
+    phases, now = clocked
+    assert phases.usual_s("step") == 0
+    for seconds in (1, 100, 2):
+        with phases("step"):
+            now[0] += seconds
+    assert phases.usual_s("step") == 2
+
+
+def test_a_run_says_what_its_time_went_to(run):
+    started = time.monotonic()
+    result = run(val_set_size=4, eval_steps=3, save_strategy=None, save_steps=2)
+    wall = time.monotonic() - started
+    assert {"setup", "compile", "data", "step", "eval", "save", "export"} <= result.seconds.keys()
+    assert sum(result.seconds.values()) == pytest.approx(wall, rel=0.02, abs=0.05)
