@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+from jax._src import distributed
 
 _KEY = "jaxlora/stop"
 
@@ -41,3 +42,12 @@ class SharedStop:
         except jax.errors.JaxRuntimeError:  # nothing there
             return None
         return int(place), int(number)
+
+
+def shared_stop() -> SharedStop | None:
+    """Returns how the processes of this run agree, None where there is one."""
+    # Of the run as it was joined (`jaxlora.parallel.processes`); the store has no public name.
+    state = distributed.global_state
+    return (
+        SharedStop(state.client) if state.client is not None and state.num_processes > 1 else None
+    )

@@ -18,6 +18,7 @@ from jaxlora.config import derived
 from jaxlora.config.load import dump_config
 from jaxlora.config.notes import notes
 from jaxlora.config.schema import Config
+from jaxlora.parallel.stopping import shared_stop
 from jaxlora.training import resume
 from jaxlora.training.describe import (
     describe_data,
@@ -73,6 +74,7 @@ def train(config: Config, *, quiet: bool = False) -> TrainResult:
     """
     with contextlib.ExitStack() as stack:
         phases, interrupts = Phases(), stack.enter_context(Interrupts())
+        interrupts.agree = shared_stop()
         precision = derived.matmul_precision(config)
         stack.enter_context(jax.default_matmul_precision(precision or "default"))
         display = Display(1, quiet=quiet)
