@@ -286,12 +286,10 @@ def _load(path: Path, target: dict[str, Any]) -> dict[str, Any]:
         if _placed(leaf):
             restored[name] = array if name in loaded else jax.device_put(array, leaf.sharding)
         else:
-            restored[name] = array if _is_numpy(leaf) else jnp.asarray(array)
+            restored[name] = (
+                array if isinstance(leaf, np.ndarray | np.generic) else jnp.asarray(array)
+            )
     return restored
-
-
-def _is_numpy(leaf: Any) -> bool:
-    return isinstance(leaf, np.ndarray | np.generic)
 
 
 def _placed(leaf: Any) -> bool:

@@ -270,13 +270,11 @@ class RunKeys(Section):
     loss_watchdog_patience: Count = 3
     """Steps in a row above `loss_watchdog_threshold` that end it."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """(jaxlora) What a step does whose loss or gradient is not finite: it ends the run, or is left
-    out. It never changes a weight."""
+    """(jaxlora) A loss or gradient that is not finite ends the run, or that step is left out."""
     nonfinite_limit: Count = 10
     """(jaxlora) Steps in a row that `nonfinite: skip` may leave out."""
     stall_timeout: NotNegative = 1800
-    """(jaxlora) Seconds without a sign of life after which the run writes where it stands to
-    stall-PID.txt and ends with status 75; compilation takes the time it takes. 0: never."""
+    """(jaxlora) Seconds without a sign of life, compilation aside, that end a run; 0: never."""
     logging_steps: Count | None = None
     """Steps between log lines; null: 0.5 % of the run, 1 to 10."""
     resume_from_checkpoint: Flag | Text | None = None

@@ -48,6 +48,5 @@ def shared_stop() -> SharedStop | None:
     """Returns how the processes of this run agree, None where there is one."""
     # Of the run as it was joined (`jaxlora.parallel.processes`); the store has no public name.
     state = distributed.global_state
-    return (
-        SharedStop(state.client) if state.client is not None and state.num_processes > 1 else None
-    )
+    several = state.client is not None and state.num_processes > 1
+    return SharedStop(state.client) if several else None

@@ -10,6 +10,8 @@ from jaxlora.training import stall
 from jaxlora.training.phases import Phases
 from jaxlora.training.stall import StallGuard
 
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+
 
 @pytest.fixture
 def exits(monkeypatch):
