@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from jaxlora.cli import configuration, models, runs
+from jaxlora.cli import configuration, launching, models, runs
 from jaxlora.core.errors import UserError
 from jaxlora.core.version import __version__
 
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"jaxlora {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for group in (runs, configuration, models):
+    for group in (runs, launching, configuration, models):
         group.add_commands(commands)
     return parser
 
