@@ -13,15 +13,15 @@ from jaxlora.launch.processes import run_together, train_commands
 
 # Says that it is ready, then waits; at SIGTERM or SIGINT it "saves" and ends with 128 + n.
 WORKER = """
-import signal, sys, time
+import os, signal, sys, time
 def stop(number, frame):
     print("saved", number, flush=True)
-    time.sleep(0.2)
+    time.sleep(float(*sys.argv[1:]))
     sys.exit(128 + number)
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, stop)
 signal.signal(signal.SIGUSR1, lambda *_: print("noted", flush=True))
-print("ready", flush=True)
+print("ready", os.getpgrp() == os.getpid(), flush=True)
 time.sleep(60)
 """
 
@@ -88,7 +88,8 @@ def test_one_that_is_done_does_not_end_the_others():
 LAUNCHER = """
 import sys
 from jaxlora.launch.processes import run_together
-sys.exit(run_together([[sys.executable, "-c", sys.argv[1]]] * 2, grace_s=30))
+worker = [sys.executable, "-c", sys.argv[1]]
+sys.exit(run_together([[*worker, "0.1"], [*worker, "1.0"]], grace_s=30))
 """
 
 
@@ -97,7 +98,10 @@ def launcher() -> subprocess.Popen[str]:
         python(LAUNCHER, WORKER), stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     assert process.stdout is not None
-    assert {process.stdout.readline() for _ in range(2)} == {"[0] ready\n", "[1] ready\n"}
+    assert {process.stdout.readline() for _ in range(2)} == {
+        "[0] ready True\n",  # in a group of its own: Ctrl-C reaches the launcher alone
+        "[1] ready True\n",
+    }
     return process
 
 
