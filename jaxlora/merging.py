@@ -15,8 +15,8 @@ from jaxlora.checkpoints.gguf_files import gguf_file, open_weights
 from jaxlora.checkpoints.gguf_write import check_target, save_gguf
 from jaxlora.checkpoints.label_head import label_config
 from jaxlora.checkpoints.load import QuantSpec, read_model_config, storage_of
-from jaxlora.checkpoints.peft import trained_storage
 from jaxlora.checkpoints.peft_config import CONFIG_FILE
+from jaxlora.checkpoints.peft_records import trained_split, trained_storage
 from jaxlora.checkpoints.save import save_model
 from jaxlora.checkpoints.tensors import FLOAT_DTYPES
 from jaxlora.core.errors import UserError
@@ -214,6 +214,13 @@ def _storage(parts: _Parts, quantization: Storage) -> QuantSpec | None:
     if quantization != "trained":
         return quantization
     storage = None if parts.folder is None else trained_storage(parts.folder)
+    split = None if parts.folder is None else trained_split(parts.folder)
+    if split is not None:
+        raise UserError(
+            f"{parts.folder}: started by {split} as a part of its base, and only the rest was "
+            "quantized, which nobody else has; leave out --quantization: the plain base comes "
+            "nearest to the model that was trained."
+        )
     if storage is None:
         raise UserError(
             f"{parts.folder or parts.base}: does not say how its base was quantized in training "

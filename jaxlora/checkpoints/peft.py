@@ -1,7 +1,6 @@
 """Adapters out to PEFT's folder layout and back, bit for bit."""
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -22,6 +21,7 @@ from jaxlora.checkpoints.peft_base import (
     refuse_unloadable,
 )
 from jaxlora.checkpoints.peft_config import CONFIG_FILE, write_config
+from jaxlora.checkpoints.peft_records import FINGERPRINT, records
 from jaxlora.checkpoints.peft_tensors import PREFIX, entries, put, to_peft
 from jaxlora.checkpoints.tensor_view import Tensors
 from jaxlora.checkpoints.write import write_tensors
@@ -38,9 +38,6 @@ from jaxlora.models.targets import (
     weights_as_modules,
 )
 
-# In the metadata of the safetensors file, which PEFT does not read.
-_FINGERPRINT = "jaxlora_base"
-_STORAGE = "jaxlora_base_storage"
 # Tensors of PEFT features that jaxlora does not have, and their names.
 _UNSUPPORTED = {
     "lora_embedding_": "an adapter on an embedding",
@@ -60,6 +57,7 @@ def save_adapter(
     revision: str | None = None,
     fingerprint: str | None = None,
     storage: QuantSpec | None = None,
+    split: str | None = None,
     specs: Mapping[str, ParamSpec] | None = None,
     beside: Mapping[str, np.ndarray] | None = None,
     labels: Sequence[str] = (),
@@ -75,6 +73,7 @@ def save_adapter(
       revision: its revision on the hub.
       fingerprint: `base_fingerprint` of the base; `load_adapter` refuses other bases by it.
       storage: how the base was quantized in training; `trained_storage` reads it.
+      split: initializer by which the adapter started as a part of a base that was quantized then.
       specs: `describe` of the base, from which the file says which modules are meant, and how
         they hold their weights; may be left out for a LLaMA.
       beside: tensors beside the low-rank pairs, by PEFT's key (`jaxlora.checkpoints.whole`).
@@ -96,10 +95,7 @@ def save_adapter(
                 "written. Lower learning_rate or resume from an earlier checkpoint."
             )
     metadata = {"format": "pt", **labels_metadata(labels)}
-    if fingerprint:
-        metadata[_FINGERPRINT] = fingerprint
-    if storage is not None:
-        metadata[_STORAGE] = json.dumps(dataclasses.asdict(storage))
+    metadata |= records(fingerprint=fingerprint, storage=storage, split=split)
     with staged(Path(folder)) as stage:
         write_tensors(
             stage / "adapter_model.safetensors",
@@ -118,22 +114,6 @@ def save_adapter(
             base_modules={n for each in adaptable_modules(specs or {}).values() for n in each},
             expert_names=expert_names(specs or {}),
         )
-
-
-def trained_storage(folder: Path) -> QuantSpec | None:
-    """Returns how the base was quantized while this adapter was trained; None: not, or not told.
-
-    Raises:
-      UserError: no adapter there, or a record that cannot be read.
-    """
-    written = open_adapter(Path(folder)).tensors.metadata.get(_STORAGE)
-    try:
-        return None if written is None else QuantSpec(**json.loads(written))
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{folder}: {_STORAGE} in the metadata of its safetensors file is {written!r} "
-            f"({error}); export the adapter again."
-        ) from error
 
 
 def load_adapter(
@@ -160,7 +140,7 @@ def load_adapter(
     folder = Path(folder)
     opened = open_adapter(folder, specs=specs, head_dim=head_dim)
     config, files = opened.config, opened.tensors
-    recorded = files.metadata.get(_FINGERPRINT)
+    recorded = files.metadata.get(FINGERPRINT)
     if fingerprint and recorded and recorded != fingerprint:
         raise UserError(
             f"{folder}: this adapter was trained on another base model of the same shape; expected "

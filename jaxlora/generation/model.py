@@ -14,8 +14,8 @@ from jaxlora.checkpoints.fingerprint import base_fingerprint
 from jaxlora.checkpoints.fitted import load_base
 from jaxlora.checkpoints.json_files import read_json_object
 from jaxlora.checkpoints.load import QuantSpec, read_model_config
-from jaxlora.checkpoints.peft import trained_storage
 from jaxlora.checkpoints.peft_config import CONFIG_FILE
+from jaxlora.checkpoints.peft_records import trained_storage
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree
 from jaxlora.data.chat import prompt_ids, template_of

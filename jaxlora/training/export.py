@@ -64,10 +64,11 @@ def export_weights(
         _save_whole(config, model, trainable["params"], folder, labels or ())
         return
     adapter, targets, options = trainable["adapter"], model.targets, model.lora
-    storage = quant_spec(config)
+    storage, split = quant_spec(config), None
     if "initial" in state:
+        # What was quantized was the rest of the base, which nobody else has.
+        storage, split = None, None if storage is None else str(options.init)
         adapter, targets, options = lora.as_difference(adapter, state["initial"], targets, options)
-        storage = None  # what was quantized was the rest of the base, which nobody else has
     save_adapter(
         folder,
         adapter,
@@ -77,6 +78,7 @@ def export_weights(
         revision=config.revision_of_model,
         fingerprint=model.fingerprint or None,
         storage=storage,
+        split=split,
         specs=model.specs,
         beside=tensors_beside(
             model.cfg,

@@ -13,7 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from jaxlora.checkpoints.adapter_files import open_adapter
 from jaxlora.checkpoints.load import read_model_config
-from jaxlora.checkpoints.peft import load_adapter, save_adapter, trained_storage
+from jaxlora.checkpoints.peft import load_adapter, save_adapter
+from jaxlora.checkpoints.peft_records import trained_storage
 from jaxlora.core.errors import UserError
 from jaxlora.lora import LoraConfig, match
 from jaxlora.models.parameters import describe

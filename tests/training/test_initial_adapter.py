@@ -7,15 +7,20 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import jaxlora
 from jaxlora import lora
 from jaxlora.checkpoints.load import load_params, read_model_config
 from jaxlora.checkpoints.peft import load_adapter
 from jaxlora.config.load import load_config
 from jaxlora.core.errors import UserError
+from jaxlora.core.tree import flatten
+from jaxlora.generation.model import load
 from jaxlora.generation.probe import probe_logits
 from jaxlora.models.parameters import describe
+from jaxlora.ops.arrays import QuantizedArray
 from jaxlora.training import loop
 from jaxlora.training.export import export
+from jaxlora.training.state import quant_spec
 from jaxlora.training.step import weights
 
 INT4 = {"adapter": "qlora", "quantization": "int4"}
@@ -32,17 +37,28 @@ STARTS = {
 
 
 @pytest.fixture
-def last_state(monkeypatch):
-    """``last_state()``: the `TrainState` of the last run, as exported."""
-    seen = []
+def trained_logits(monkeypatch):
+    """``trained_logits()``: of the model as the last run had it, on its own base."""
+    seen = {}
+
+    def load_weights(*args):
+        trainable, seen["frozen"] = load(*args)
+        return trainable, seen["frozen"]
 
     def exported(config, model, state, *rest):
-        seen[:] = [state, model]
+        seen.update(state=state, model=model)
         return write(config, model, state, *rest)
 
-    write = loop.export_weights
+    load, write = loop.load_weights, loop.export_weights
+    monkeypatch.setattr(loop, "load_weights", load_weights)
     monkeypatch.setattr(loop, "export_weights", exported)
-    return seen
+
+    def logits():
+        model = seen["model"]
+        params = weights(seen["state"]["trainable"], seen["frozen"], model.targets)
+        return probe_logits(model.cfg, params)
+
+    return logits
 
 
 def logits_of(base, folder, **options):
@@ -54,20 +70,10 @@ def logits_of(base, folder, **options):
 
 @pytest.mark.parametrize("name", STARTS)
 def test_exported_adapter_on_the_plain_base_is_the_model_that_was_trained(
-    run, base, last_state, monkeypatch, name
+    run, base, trained_logits, name
 ):
-    frozen = []
-    load = loop.load_weights
-
-    def load_weights(*args):
-        loaded = load(*args)
-        frozen[:] = [loaded[1]]
-        return loaded
-
-    monkeypatch.setattr(loop, "load_weights", load_weights)
     result = run(**STARTS[name])
-    state, model = last_state
-    trained = probe_logits(model.cfg, weights(state["trainable"], frozen[0], model.targets))
+    trained = trained_logits()
     exported = logits_of(base, result.output_dir)
     # float32: the base less a part and plus it again.
     np.testing.assert_allclose(exported, trained, atol=1e-4 * trained.std())
@@ -86,6 +92,25 @@ def test_a_quantized_base_starts_nearer_to_the_plain_one(run):
     for init in ("pissa_niter_4", "loftq"):
         split = first_loss(init, **INT4, peft_init_lora_weights=init)
         assert abs(split - plain) < abs(usual - plain)
+
+
+def test_of_a_quantized_base_the_plain_one_comes_nearest_to_what_was_trained(
+    run, base, trained_logits
+):
+    """What was quantized was the rest of each matrix, so not the base that others quantize."""
+    result = run(**INT4, peft_init_lora_weights="pissa", max_steps=4)
+    trained = trained_logits()
+    int4 = quant_spec(load_config(result.output_dir / "config.yml"))
+    assert int4.format == "int4"
+    plain, quantized = (
+        np.abs(logits_of(base, result.output_dir, quantization=each) - trained).mean()
+        for each in (None, int4)
+    )
+    assert plain < 0.8 * quantized
+    answered = load(result.output_dir)
+    assert not any(isinstance(x, QuantizedArray) for x in flatten(answered.params).values())
+    with pytest.raises(UserError, match=r"pissa.*nobody else has.*plain base"):
+        jaxlora.merge(result.output_dir, None, result.output_dir / "m", quantization="trained")
 
 
 def test_a_checkpoint_exports_the_same_adapter_without_the_weights(run, tmp_path, monkeypatch):
