@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxlora.core.errors import UserError
@@ -41,12 +42,23 @@ def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
     return _download(text, revision)
 
 
-def _download(repository: str, revision: str | None) -> Path:
+def resolve_config(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
+    """Returns a folder with config.json of a model; of a hub id, nothing else is downloaded.
+
+    Args, raises: as `resolve`.
+    """
+    text = os.fspath(path_or_id)
+    if not _HUB_ID.fullmatch(text) or Path(text).expanduser().exists():
+        return resolve(path_or_id, revision)
+    return _download(text, revision, ["config.json"])
+
+
+def _download(repository: str, revision: str | None, wanted: Sequence[str] = _WANTED) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         folder = snapshot_download(
-            repository, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+            repository, revision=revision, allow_patterns=list(wanted), ignore_patterns=_UNWANTED
         )
     except Exception as error:  # the client lets errors of several HTTP libraries through
         at = f"{repository} at revision {revision}" if revision else repository

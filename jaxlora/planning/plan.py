@@ -1,0 +1,62 @@
+"""`plan`: from a configuration to an estimate."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from jaxlora.config.load import dump_config
+from jaxlora.config.schema import Config
+from jaxlora.core.errors import UserError
+from jaxlora.planning import compiled
+from jaxlora.planning.estimate import Estimate
+from jaxlora.planning.program import make_program
+from jaxlora.planning.topology import Topology, devices_of, environment
+
+
+def plan(config: Config, topology: Topology, *, hlo: Path | None = None) -> Estimate:
+    """Returns what a run takes on a topology, by compiling its train step.
+
+    Args:
+      config: the run; of its base model only config.json is read, of its data nothing.
+      topology: devices, which need not be here.
+      hlo: a file to write the compiled program's text to.
+
+    Raises:
+      UserError: what `train` would refuse in model, adapter or mesh; a missing compiler.
+    """
+    if not topology.local:
+        return _in_a_process(config, topology, hlo)
+    devices = devices_of(topology)
+    made, text = compiled.estimate(
+        make_program(config, devices), topology=devices[0].platform, hardware=topology.hardware
+    )
+    if hlo is not None:
+        hlo.write_text(text)
+    return made
+
+
+def _in_a_process(config: Config, topology: Topology, hlo: Path | None) -> Estimate:
+    request = {
+        "topology": topology.text,
+        "config": yaml.safe_load(dump_config(config)),
+        "hlo": None if hlo is None else str(hlo),
+    }
+    process = subprocess.run(
+        [sys.executable, "-m", "jaxlora.planning.worker"],
+        env=environment(topology, os.environ),
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if process.returncode:
+        lines = process.stderr.strip().splitlines() or [f"exit status {process.returncode}"]
+        raise UserError(f"plan: compiling for {topology.text} failed: {lines[-1]}")
+    answer = json.loads(process.stdout.splitlines()[-1])
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return Estimate.from_dict(answer)
