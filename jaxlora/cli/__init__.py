@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from jaxlora.cli import configuration, launching, models, runs
+from jaxlora.cli import configuration, launching, models, planning, runs
 from jaxlora.core.errors import UserError
 from jaxlora.core.version import __version__
 
@@ -13,6 +13,7 @@ _EPILOG = """examples:
   jaxlora init my.yml                                  write a configuration: three questions
   jaxlora train configs/quickstart.yml                 fine-tune; the output folder tells the rest
   jaxlora train my.yml --lora_r=32 --max_steps=100     any key of the file can be overridden
+  jaxlora plan my.yml --topology v5e:2x2               memory and time of a run on devices elsewhere
   jaxlora chat outputs/quickstart                      talk to a model or adapter
   jaxlora merge outputs/quickstart --output merged     one folder that transformers loads
 
@@ -58,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"jaxlora {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for group in (runs, launching, configuration, models):
+    for group in (runs, launching, planning, configuration, models):
         group.add_commands(commands)
     return parser
 

@@ -94,7 +94,7 @@ def describe(program: Program, **known: Any) -> Estimate:
     """Returns an estimate, given what the program does not say itself."""
     shape, tokens = program.shape, program.batch["tokens"]
     accumulation, rows, length = tokens.shape
-    mesh = {axis: size for axis, size in shape.placement.mesh.shape.items()}
+    mesh = dict(shape.placement.mesh.shape)
     _, rows_here, _ = tokens.sharding.shard_shape(tokens.shape)
     each = flops_per_token(program, length)
     count = accumulation * rows * length

@@ -66,6 +66,28 @@ class Traffic:
 
 
 @dataclasses.dataclass(frozen=True)
+class Change:
+    """One change of a configuration.
+
+    Attributes:
+      keys: what to set.
+      price: what it costs.
+      saves_bytes: of one device, by formula.
+      enough: whether with it, and those before it, the run fits.
+    """
+
+    keys: dict[str, Any]
+    price: str
+    saves_bytes: int
+    enough: bool
+
+    @property
+    def words(self) -> str:
+        """The keys as overrides of the command line."""
+        return " ".join(f"--{key}={str(value).lower()}" for key, value in self.keys.items())
+
+
+@dataclasses.dataclass(frozen=True)
 class Estimate:
     """A plan.
 
@@ -82,7 +104,13 @@ class Estimate:
       tokens: of a step, over all devices.
       model_flops, executed_flops: of a step, over all devices.
       compile_s: how long it took.
-      shape: rows of a micro-batch on one device, accumulation steps, tokens of a row.
+      rows, accumulation, length: rows of a micro-batch on one device, micro-batches of a step,
+        tokens of a row.
+      remat: what the backward pass recomputes.
+      base: how the frozen weights are stored.
+      peak_bytes: the compiler's own figure of the peak, where it has one.
+      weight_passes: how often a micro-batch reads the weights.
+      changes: what to change where it does not fit, the cheapest first.
     """
 
     topology: str
@@ -104,6 +132,7 @@ class Estimate:
     base: str
     peak_bytes: int = 0
     weight_passes: int = 3
+    changes: tuple[Change, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -159,6 +188,7 @@ class Estimate:
                 "hardware": Hardware(**own["hardware"]),
                 "memory": Memory(**memory),
                 "traffic": traffic,
+                "changes": tuple(Change(**each) for each in own["changes"]),
             }
         )
 

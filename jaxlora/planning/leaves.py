@@ -1,5 +1,6 @@
 """The arrays of a run as shapes: what `training.state` will put on the devices."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -39,8 +40,8 @@ def frozen_leaves(shape: Shape, quantization: QuantSpec | None) -> dict[str, Any
         leaf = shape.placement.weight(leaf, spec.axes, stacked=spec.layers is not None)
         if part is not None:
             hole = part.hole(leaf)
-            whole = shape.placement.sharding((None,), hole.index.shape)
-            leaf = type(hole)(leaf, None, note(hole.index, whole), hole.axis, hole.by_token)
+            index: Any = note(hole.index, shape.placement.sharding((None,), hole.index.shape))
+            leaf = dataclasses.replace(hole, index=index)
         leaves[path] = leaf
     return leaves
 

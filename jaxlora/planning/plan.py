@@ -11,10 +11,9 @@ import yaml
 from jaxlora.config.load import dump_config
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError
-from jaxlora.planning import compiled
+from jaxlora.planning.account import account
 from jaxlora.planning.estimate import Estimate
-from jaxlora.planning.program import make_program
-from jaxlora.planning.topology import Topology, devices_of, environment
+from jaxlora.planning.topology import Topology, devices_of, environment, has_compiler
 
 
 def plan(config: Config, topology: Topology, *, hlo: Path | None = None) -> Estimate:
@@ -26,14 +25,16 @@ def plan(config: Config, topology: Topology, *, hlo: Path | None = None) -> Esti
       hlo: a file to write the compiled program's text to.
 
     Raises:
-      UserError: what `train` would refuse in model, adapter or mesh; a missing compiler.
+      UserError: what `train` would refuse in model, adapter or mesh; libtpu is missing.
     """
     if not topology.local:
+        if topology.hardware.platform == "tpu" and not has_compiler(topology):
+            raise UserError(
+                f"--topology: {topology.text} is compiled by libtpu, which is not installed; "
+                'pip install "jaxlora[plan]".'
+            )
         return _in_a_process(config, topology, hlo)
-    devices = devices_of(topology)
-    made, text = compiled.estimate(
-        make_program(config, devices), topology=devices[0].platform, hardware=topology.hardware
-    )
+    made, text = account(config, devices_of(topology), topology)
     if hlo is not None:
         hlo.write_text(text)
     return made

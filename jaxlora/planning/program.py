@@ -61,10 +61,15 @@ class Program:
         return self.step.lower(*arguments)
 
 
-def make_program(config: Config, devices: Sequence[Any]) -> Program:
+def make_program(config: Config, devices: Sequence[Any], platform: str | None = None) -> Program:
     """Returns the program of a run on `devices`, which need not be of this machine.
 
     Reads config.json of the base, and the adapter of `lora_model_dir` if there is one.
+
+    Args:
+      config: the run.
+      devices: where it runs.
+      platform: JAX's word for what they are, if they only stand for others.
 
     Raises:
       UserError: a model or a rule that `train` would refuse, a mesh that does not fit the devices.
@@ -80,7 +85,7 @@ def make_program(config: Config, devices: Sequence[Any]) -> Program:
         options = start.config
     rows = stored.vocab_size if start is None else start.cfg.vocab_size
     cfg = fit(stored, options, rows, num_labels)
-    shape = shape_of_run(config, cfg, options, start, fresh, devices=devices)
+    shape = shape_of_run(config, cfg, options, start, fresh, devices=devices, platform=platform)
     shape = dataclasses.replace(shape, placement=Placement(shape.placement.mesh, note))
     quantization = _stored_as(config, storage_of(folder), raw)
     frozen = frozen_leaves(shape, quantization)

@@ -7,29 +7,36 @@ has one of its own.
 
 import json
 import sys
+from typing import Any
+
+import jax
 
 from jaxlora.config.load import load_config
 from jaxlora.core.errors import UserError
-from jaxlora.planning.compiled import estimate
-from jaxlora.planning.program import make_program
-from jaxlora.planning.topology import devices_of, parse
+from jaxlora.planning.account import account
+from jaxlora.planning.topology import devices_of, has_compiler, parse
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Returns the estimate of a request."""
+    topology = parse(request["topology"])
+    config = load_config(request["config"])
+    compiles = has_compiler(topology)
+    devices = devices_of(topology) if compiles else jax.devices()
+    made, text = account(config, devices, topology, compiles=compiles)
+    if path := request.get("hlo"):
+        with open(path, "w") as file:
+            file.write(text)
+    return made.to_dict()
 
 
 def main() -> None:
     """Answers one request."""
-    request = json.load(sys.stdin)
-    topology = parse(request["topology"])
     try:
-        devices = devices_of(topology)
-        program = make_program(load_config(request["config"]), devices)
-        made, text = estimate(program, topology=topology.text, hardware=topology.hardware)
-        answer = made.to_dict()
-        if path := request.get("hlo"):
-            with open(path, "w") as file:
-                file.write(text)
+        found = answer(json.load(sys.stdin))
     except UserError as error:
-        answer = {"error": str(error)}
-    json.dump(answer, sys.stdout)
+        found = {"error": str(error)}
+    json.dump(found, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ def shape_of_run(
     fresh: Collection[str] = (),
     *,
     devices: Sequence[Any] | None = None,
+    platform: str | None = None,
 ) -> Shape:
     """Returns what is trained of a model, and where.
 
@@ -75,6 +76,7 @@ def shape_of_run(
       start: the adapter of `lora_model_dir`.
       fresh: paths of the leaves that the base lacks.
       devices: default those of this machine.
+      platform: JAX's word for what they are, ``cpu``, ``gpu`` or ``tpu``; default: they say it.
 
     Raises:
       UserError: rules that match nothing, a mesh that does not fit the devices.
@@ -84,7 +86,7 @@ def shape_of_run(
     placement = Placement(make_mesh(settings.mesh_sizes(config), devices))
     transformer = Transformer(
         cfg,
-        dtype=derived.compute_dtype(config, devices[0].platform),
+        dtype=derived.compute_dtype(config, platform or devices[0].platform),
         remat=derived.remat_policy(config),
         constrain=placement.constrain,
     )

@@ -1,0 +1,136 @@
+"""A plan by formula: exact where shapes decide, a model of what the compiler does elsewhere.
+
+For devices whose compiler is not installed, and to compare changes without compiling each. What
+`docs/planning.md` says of its error is measured by `benchmarks/plan_accuracy.py`.
+"""
+
+from typing import Any
+
+import jax
+
+from jaxlora.ops.arrays import QuantizedArray
+from jaxlora.planning.compiled import describe
+from jaxlora.planning.estimate import Estimate, Memory, Traffic, bytes_per_device
+from jaxlora.planning.hardware import Hardware
+from jaxlora.planning.program import Program
+
+# Tokens of a chunk of logits (`ops.loss`), and how many float32 copies of them live at once.
+_CHUNK = 1024
+_LOGIT_COPIES = 2
+# Copies of the widest activations of a layer that live while it is gone back through.
+_LAYER_COPIES = 3
+
+
+def estimate(program: Program, *, topology: str, hardware: Hardware) -> Estimate:
+    """Returns what the formulas say of a program; see `compiled.estimate` for the arguments."""
+    trained = bytes_per_device(program.trainable)
+    memory = Memory(
+        weights=bytes_per_device(program.frozen),
+        trained=trained + bytes_per_device(program.initial),
+        optimizer=bytes_per_device(program.opt_state),
+        batch=bytes_per_device(program.batch),
+        activations=int(_activations(program)),
+        gradients=trained,
+        workspace=int(_workspace(program)),
+    )
+    return describe(
+        program,
+        topology=topology,
+        hardware=hardware,
+        method="formula",
+        memory=memory,
+        traffic=_traffic(program),
+        compile_s=0.0,
+    )
+
+
+def _sizes(program: Program) -> tuple[int, int, int, int]:
+    """Tokens of a micro-batch on one device, bytes of a number, ways layers and rows are split."""
+    tokens, mesh = program.batch["tokens"], program.shape.placement.mesh.shape
+    _, rows, length = tokens.sharding.shard_shape(tokens.shape)
+    number = program.shape.transformer.dtype.itemsize
+    return rows * length, number, mesh["tensor"], rows
+
+
+def _widths(program: Program) -> tuple[int, int, float]:
+    """Channels of attention (queries, keys, values, output) and of one MLP product, a device's."""
+    cfg = program.shape.cfg
+    _, _, split, _ = _sizes(program)
+    heads = cfg.num_heads * (cfg.head_dim + cfg.value_dim)
+    keys = cfg.num_kv_heads * (cfg.head_dim + cfg.value_dim)
+    wide = float(cfg.mlp_dim)
+    if cfg.moe is not None:
+        wide = max(wide, cfg.moe.routing.top_k * cfg.moe.mlp_dim + cfg.moe.shared_dim)
+    return cfg.embed_dim, (heads + keys) // split, wide / split
+
+
+def _activations(program: Program) -> float:
+    """What each policy of `REMAT_POLICIES` saves of every layer."""
+    tokens, number, _, _ = _sizes(program)
+    stream, attention, wide = _widths(program)
+    saved = {
+        "full": stream,
+        "attention": stream + attention,
+        "matmuls": stream + attention + 2 * wide,
+        "none": 4 * stream + 2 * attention + 4 * wide,
+    }[program.shape.transformer.remat]
+    return program.shape.cfg.num_layers * tokens * number * saved
+
+
+def _workspace(program: Program) -> float:
+    """The larger of two moments: the loss, or going back through one layer."""
+    cfg = program.shape.cfg
+    tokens, number, split, rows = _sizes(program)
+    stream, attention, wide = _widths(program)
+    chunk = min(max(_CHUNK, rows), tokens)
+    loss = _LOGIT_COPIES * 4.0 * chunk * cfg.vocab_size / split + 3 * tokens * stream * number
+    layer = _LAYER_COPIES * tokens * number * (stream + attention + wide)
+    return max(loss, layer + _unpacked(program)) + _head(program)
+
+
+def _unpacked(program: Program) -> float:
+    """The two largest matrices of a layer as the device multiplies by them, gathered."""
+    _, number, split, _ = _sizes(program)
+    sizes = sorted(
+        spec.size / len(spec.layers or (0,)) / split
+        for spec in program.shape.specs.values()
+        if spec.kind in ("linear", "experts")
+    )
+    return number * sum(sizes[-2:])
+
+
+def _head(program: Program) -> float:
+    """The head, where it is gathered from several devices."""
+    mesh = program.shape.placement.mesh.shape
+    head = program.shape.cfg.vocab_size * program.shape.cfg.embed_dim / mesh["tensor"]
+    return head * program.shape.transformer.dtype.itemsize if mesh["fsdp"] > 1 else 0.0
+
+
+def _traffic(program: Program) -> tuple[Traffic, ...]:
+    """Gathers of sharded weights for each pass, and sums of gradients."""
+    mesh = program.shape.placement.mesh
+    fsdp, replicas = mesh.shape["fsdp"], mesh.size // mesh.shape["tensor"]
+    found = []
+    if fsdp > 1:
+        passes = (2 + (program.shape.transformer.remat != "none")) * program.batch["tokens"].shape[
+            0
+        ]
+        by_dtype: dict[str, float] = {}
+        for leaf in _whole_leaves(program.frozen):
+            values = leaf.values if isinstance(leaf, QuantizedArray) else leaf
+            name = {"int4": "s4", "int8": "s8", "uint8": "u8"}.get(str(values.dtype), "bf16")
+            by_dtype[name] = by_dtype.get(name, 0.0) + bytes_per_device(values) * fsdp
+        found += [
+            Traffic("all-gather", name, passes, size * passes, size * passes * (fsdp - 1) / fsdp)
+            for name, size in by_dtype.items()
+        ]
+    if replicas > 1:
+        gradients = float(bytes_per_device(program.trainable)) * fsdp
+        sent = 2 * gradients * (replicas - 1) / replicas
+        found.append(Traffic("all-reduce", "f32", 1, gradients, sent))
+    return tuple(found)
+
+
+def _whole_leaves(tree: Any) -> list[Any]:
+    leaves = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, QuantizedArray))
+    return [leaf for leaf in leaves if len(leaf.shape) > 1]
