@@ -55,7 +55,7 @@ def flops_per_token(program: Program, length: int) -> Flops:
             down += weights if narrow else 0.0
     if cfg.tie_embedding and not cfg.num_labels:
         head = float(cfg.vocab_size * cfg.embed_dim)
-        model += 4 * head
+        model += head * (6 if "embed/embedding" in whole else 4)
     # The output of an MLP's last matrix is not needed to go back through it.
     repeated = {
         "none": 0.0,

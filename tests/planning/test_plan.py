@@ -1,0 +1,151 @@
+"""`jaxlora plan`: what it adds up, says, and finds."""
+
+import json
+
+import jax
+import pytest
+from test_leaves import KEYS, QLORA
+
+from jaxlora.cli import main
+from jaxlora.config.load import load_config
+from jaxlora.core.errors import UserError
+from jaxlora.planning import formula
+from jaxlora.planning.advice import changes
+from jaxlora.planning.estimate import Estimate, Memory
+from jaxlora.planning.hardware import HARDWARE
+from jaxlora.planning.plan import plan
+from jaxlora.planning.program import make_program
+from jaxlora.planning.search import largest
+from jaxlora.planning.topology import environment, parse
+
+INT4 = {**KEYS, **QLORA, "quantization": "int4", "gradient_checkpointing": True}
+
+
+@pytest.fixture(scope="module")
+def here():
+    """A plan for this machine, compiled once."""
+    return plan(load_config(INT4), parse(None))
+
+
+def test_a_plan_adds_up_what_the_compiler_says(here):
+    program = make_program(load_config(INT4), jax.devices())
+    stats = program.lower().compile().memory_analysis()
+    unaliased = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    wanted = stats.argument_size_in_bytes + stats.temp_size_in_bytes + unaliased
+    assert here.memory.total == wanted + stats.generated_code_size_in_bytes
+    # A layer's input for each layer, row and token; dtype float32.
+    cfg = program.shape.cfg
+    assert here.memory.activations == cfg.num_layers * 2 * 64 * cfg.embed_dim * 4
+    assert here.memory.gradients == here.memory.trained
+
+
+def test_donated_state_is_not_there_twice(here):
+    stats = make_program(load_config(INT4), jax.devices()).lower().compile().memory_analysis()
+    state = here.memory.trained + here.memory.optimizer
+    assert stats.alias_size_in_bytes >= 0.99 * state
+
+
+def test_an_estimate_survives_json(here):
+    assert Estimate.from_dict(json.loads(json.dumps(here.to_dict()))) == here
+
+
+def test_the_command_prints_memory_arithmetic_and_a_verdict(tmp_path, capsys):
+    file = tmp_path / "run.yml"
+    file.write_text(json.dumps({**INT4, "datasets": [{"path": "nowhere.jsonl", "type": "alpaca"}]}))
+    assert main(["plan", str(file), "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["fits"]
+    assert made["memory"]["total"] == sum(
+        made["memory"][part] for part in Memory.__dataclass_fields__
+    )
+    assert not list(tmp_path.glob("out*")), "planning wrote something"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("v5x:2x2", "Did you mean"),
+        ("v5e:4", "expected 2 numbers, e.g. v5e:4x4"),
+        ("h100:2x2", "expected 1 numbers"),
+        ("v5p:0x2x2", "expected 3"),
+    ],
+)
+def test_topologies_that_do_not_exist_are_refused(text, words):
+    with pytest.raises(UserError, match=words):
+        parse(text)
+
+
+def test_a_topology_elsewhere_is_compiled_in_a_process_of_its_own():
+    flags = environment(parse("cpu:8"), {"PATH": "/bin", "XLA_FLAGS": "--a=1"})
+    assert flags["XLA_FLAGS"] == "--a=1 --xla_force_host_platform_device_count=8"
+    assert flags["PATH"] == "/bin"
+    made = plan(load_config(INT4), parse("cpu:2"))
+    assert (made.devices, made.mesh["fsdp"], made.rows) == (2, 2, 2)
+    gathered = {t.dtype for t in made.traffic if t.kind == "all-gather"}
+    assert "s4" in gathered or "u4" in gathered or "s8" in gathered, made.traffic
+    assert made.memory.weights < 0.7 * plan_bytes_on_one(made)
+
+
+def plan_bytes_on_one(made):
+    """Weights of the same run on one device."""
+    program = make_program(load_config(INT4), jax.devices()[:1])
+    return formula.estimate(program, topology="", hardware=made.hardware).memory.weights
+
+
+def test_frozen_weights_cost_four_flops_a_token_and_trained_ones_six():
+    lora, full = (
+        formula.estimate(
+            make_program(load_config(keys), jax.devices()), topology="", hardware=HARDWARE["v5e"]
+        )
+        for keys in (INT4, KEYS)
+    )
+    cfg = make_program(load_config(INT4), jax.devices()).shape.cfg
+    layer = cfg.embed_dim * (2 * cfg.num_heads + 2 * cfg.num_kv_heads) * cfg.head_dim
+    layer += 3 * cfg.embed_dim * cfg.mlp_dim
+    weights = cfg.num_layers * layer + cfg.vocab_size * cfg.embed_dim
+    scores = 3 * 2 * cfg.num_layers * cfg.num_heads * cfg.head_dim * 64
+    assert full.model_flops / full.tokens == 6 * weights + scores
+    pairs = lora.memory.trained / 4
+    assert lora.model_flops / lora.tokens == 4 * weights + scores + 6 * pairs
+    assert lora.executed_flops > lora.model_flops
+    assert set(lora.limits_s()) == {"compute", "memory"}
+    assert lora.tokens_per_s(0.5) == pytest.approx(0.5 * lora.tokens_per_s(1.0))
+
+
+def test_changes_make_room_the_cheapest_first():
+    config = load_config(
+        {**KEYS, **QLORA, "adapter": "lora", "micro_batch_size": 8, "sequence_len": 256}
+    )
+    program = make_program(config, jax.devices())
+    made = formula.estimate(program, topology="", hardware=HARDWARE["v5e"])
+
+    def tight(share):
+        limit = int(share * made.memory.total)
+        return Estimate(**{**vars(made), "limit_bytes": limit})
+
+    one = changes(config, jax.devices(), tight(0.9), "cpu")
+    assert one[0].keys == {"remat": "matmuls"}, "remat costs least"
+    assert one[-1].enough
+    assert not any(change.enough for change in one[:-1])
+    more = changes(config, jax.devices(), tight(0.15), "cpu")
+    assert len(more) > len(one)
+    assert any("micro_batch_size" in change.keys for change in more)
+    assert sum(change.saves_bytes for change in more) >= 0.85 * made.memory.total
+    none = changes(config, jax.devices(), tight(0.001), "cpu")
+    assert not none[-1].enough
+
+
+@pytest.mark.parametrize(("limit", "value"), [(1000, 9), (1099, 9), (150, 0), (10**9, 64)])
+def test_the_largest_that_fits_is_found_with_few_programs(here, limit, value):
+    """Memory of ``100 + 100 n``, which is a line as it is for real programs."""
+    asked = []
+
+    def measure(keys):
+        asked.append(keys["n"])
+        memory = Memory(100 + 100 * keys["n"], 0, 0, 0, 0, 0, 0)
+        return Estimate(**{**vars(here), "memory": memory, "limit_bytes": limit})
+
+    found = largest(measure, "n", 1, most=64)
+    assert found.value == value
+    assert found.compiled == len(asked) <= 4
+    assert found.estimate.fits == (value > 0)
