@@ -80,10 +80,10 @@ def _git(*command: str) -> str:
     return done.stdout.strip()
 
 
-def measured_peak_flops() -> float:
-    """Returns the FLOP/s of the best of ten float32 products of 2048 x 2048 matrices."""
+def measured_peak_flops(dtype: str = "float32") -> float:
+    """Returns the FLOP/s of the best of ten products of 2048 x 2048 matrices."""
     size = 2048
-    matrix = jax.random.normal(jax.random.key(0), (size, size))
+    matrix = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(jnp.matmul)
     product(matrix, matrix).block_until_ready()
     best_s = float("inf")
