@@ -98,8 +98,8 @@ def _figures(cell: Cell, workers: dict[str, Worker]) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """Returns the cells as a table."""
     lines = [
-        "| cell | jaxlora, tokens/s (MFU) | best peer, tokens/s | ratio, pair by pair | CPU seconds | "
-        "peak memory |",
+        "| cell | jaxlora, tokens/s (MFU) | best peer, tokens/s | ratio, pair by pair "
+        "| CPU seconds | peak memory |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, found in result["cells"].items():
