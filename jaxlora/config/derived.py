@@ -15,7 +15,9 @@ _NAMES = dict.fromkeys(_LION, "lion") | {
     "adafactor": "adafactor",
     "muon": "muon",
 }
-OPTIMIZERS = ("adamw", "lion", "sgd", "adafactor", "muon")
+# How names say that the states of an optimizer are not float32.
+LOW_BITS = ("8bit", "4bit", "fp8")
+OPTIMIZERS = ("adamw", "adamw_8bit", "lion", "sgd", "adafactor", "muon")
 
 # PEFT's default for Llama and Mistral.
 DEFAULT_TARGETS = ("q_proj", "v_proj")
@@ -33,10 +35,10 @@ def canonical_optimizer(name: str) -> str | None:
     """Returns the one of `OPTIMIZERS` that an Axolotl or transformers name stands for, or None.
 
     >>> canonical_optimizer("adamw_bnb_8bit"), canonical_optimizer("galore_adamw")
-    ('adamw', None)
+    ('adamw_8bit', None)
     """
     if "adamw" in name and not any(other in name for other in _NOT_ADAMW):
-        return "adamw"
+        return "adamw_8bit" if any(bits in name for bits in LOW_BITS) else "adamw"
     return _NAMES.get(name)
 
 

@@ -47,8 +47,9 @@ def _data(config: Config) -> Iterator[str]:
 
 def _training(config: Config) -> Iterator[str]:
     name, canonical = config.optimizer, derived.optimizer(config)
-    if any(bits in name for bits in ("4bit", "8bit", "fp8")):
-        yield f"optimizer: {name} is read as {canonical}; its states are kept in float32"
+    if any(bits in name for bits in derived.LOW_BITS) and name != canonical:
+        bits = "8 bits" if canonical == "adamw_8bit" else "float32"
+        yield f"optimizer: {name} is read as {canonical}; its states are kept in {bits}"
     elif "paged" in name:
         yield f"optimizer: {name} is read as {canonical}; its states stay on the device"
     if str(config.gradient_checkpointing).startswith("offload"):

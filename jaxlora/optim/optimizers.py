@@ -8,6 +8,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxlora.core.errors import UserError, did_you_mean
+from jaxlora.optim.blockwise import scale_by_blockwise_adam
 
 Mask = Any  # a tree of bools shaped like the trainable tree
 
@@ -15,6 +16,14 @@ Mask = Any  # a tree of bools shaped like the trainable tree
 def _adamw(schedule, weight_decay, betas, eps, decayed, matrices):
     b1, b2 = betas
     return optax.adamw(schedule, b1, b2, eps, weight_decay=weight_decay, mask=decayed)
+
+
+def _adamw_8bit(schedule, weight_decay, betas, eps, decayed, matrices):
+    return optax.chain(
+        scale_by_blockwise_adam(*betas, eps),
+        optax.add_decayed_weights(weight_decay, mask=decayed),
+        optax.scale_by_learning_rate(schedule),
+    )
 
 
 def _adafactor(schedule, weight_decay, betas, eps, decayed, matrices):
@@ -55,6 +64,7 @@ def _muon(schedule, weight_decay, betas, eps, decayed, matrices):
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": _adamw,
+    "adamw_8bit": _adamw_8bit,
     "adafactor": _adafactor,
     "lion": _lion,
     "sgd": _sgd,

@@ -242,10 +242,11 @@ def optimizer_shapes(
     whole = placement.sharding((), ())
 
     # By path and shape: a factored moment has its parameter's path and another shape, and
-    # optimizers that mask leaves (Muon) leave holes in the tree.
+    # optimizers that mask leaves (Muon) leave holes in the tree. The codes of an 8-bit moment are
+    # one key deeper and have their parameter's shape.
     def sharding(path, moment):
         for start in range(len(path)):
-            leaf = leaves.get(path[start:])
+            leaf = leaves.get(path[start:]) or leaves.get(path[start:-1])
             if leaf is not None and leaf.shape == moment.shape:
                 return leaf.sharding
         return whole

@@ -10,7 +10,8 @@ from jaxlora.core.errors import UserError
 @pytest.mark.parametrize(
     ("name", "canonical"),
     [
-        ("adamw_bnb_8bit", "adamw"),
+        ("adamw_bnb_8bit", "adamw_8bit"),
+        ("adamw_torch_4bit", "adamw_8bit"),
         ("adamw_torch_fused", "adamw"),
         ("paged_adamw_32bit", "adamw"),
         ("optimi_adamw", "adamw"),

@@ -10,7 +10,10 @@ TARGETS = LORA | {"lora_target_linear": True}
 @pytest.mark.parametrize(
     ("values", "start"),
     [
-        (MINIMAL | {"optimizer": "adamw_bnb_8bit"}, "optimizer: adamw_bnb_8bit is read as adamw;"),
+        (
+            MINIMAL | {"optimizer": "adamw_bnb_8bit"},
+            "optimizer: adamw_bnb_8bit is read as adamw_8bit",
+        ),
         (MINIMAL | {"optimizer": "paged_adamw_32bit"}, "optimizer: paged_adamw_32bit is read as"),
         (MINIMAL | {"gradient_checkpointing": "offload"}, "gradient_checkpointing: read as remat"),
         (MINIMAL | {"evals_per_epoch": 1}, "evals_per_epoch: no effect: no data is held out"),

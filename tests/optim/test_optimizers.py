@@ -10,7 +10,14 @@ from jaxlora.core.errors import UserError
 from jaxlora.optim.optimizers import OPTIMIZERS, make_optimizer
 from jaxlora.optim.schedules import make_schedule
 
-RATES = {"adamw": 0.05, "adafactor": 0.05, "lion": 0.02, "sgd": 0.2, "muon": 0.05}
+RATES = {
+    "adamw": 0.05,
+    "adamw_8bit": 0.05,
+    "adafactor": 0.05,
+    "lion": 0.02,
+    "sgd": 0.2,
+    "muon": 0.05,
+}
 
 
 def make(name, tree, rate=0.1, *, decayed=None, matrices=None, **options):
