@@ -147,7 +147,12 @@ class Confusion:
     def table(self) -> str:
         """Returns a line for each label (the most frequent ones): how many were found."""
         texts, found = self.counts.sum(axis=1), np.diag(self.counts)
-        order = np.argsort(-texts, kind="stable")[:_SHOWN]
-        return "\n".join(
-            f"  {self.names[i]}: {found[i]:.0f} of {texts[i]:.0f}" for i in sorted(order.tolist())
-        )
+        order = np.argsort(-texts, kind="stable")
+        shown, others = sorted(order[:_SHOWN].tolist()), order[_SHOWN:]
+        lines = [f"  {self.names[i]}: {found[i]:.0f} of {texts[i]:.0f}" for i in shown]
+        if len(others):
+            lines.append(
+                f"  {len(others)} rarer labels: {found[others].sum():.0f} of "
+                f"{texts[others].sum():.0f}"
+            )
+        return "\n".join(lines)

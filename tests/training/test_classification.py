@@ -11,6 +11,7 @@ import jaxlora
 from jaxlora.config.load import load_config
 from jaxlora.core.errors import UserError
 from jaxlora.training.evaluation import evaluate
+from jaxlora.training.labels import Confusion
 from jaxlora.training.loop import train
 
 NOUNS, NAMES = ("cat", "dog", "river"), ("animal", "other", "pet")
@@ -303,3 +304,12 @@ def test_only_data_with_labels_fits(run, texts):
         run(datasets=plain)
     with pytest.raises(UserError, match=r"test_datasets\[0\].type: it does not go with"):
         run(test_datasets=plain, val_set_size=None)
+
+
+def test_the_table_of_many_labels_counts_the_rarer_ones_together():
+    counts = np.diag(np.arange(33.0, 0.0, -1.0))
+    counts[32, 0] = 2  # of the rarest label, taken for the first
+    lines = Confusion(counts, tuple(f"l{i}" for i in range(33))).table().split("\n")
+    assert len(lines) == 31
+    assert lines[0] == "  l0: 33 of 33"
+    assert lines[-1] == "  3 rarer labels: 6 of 8"
