@@ -199,6 +199,8 @@ CASES: dict[str, Case] = {
     "seed-oss, biases": _case(
         "SeedOssForCausalLM", **_WIDE_HEADS, attention_out_bias=True, mlp_bias=True
     ),
+    "arcee": _case("ArceeForCausalLM", **_WIDE_HEADS, attention_bias=True, mlp_bias=True),
+    "helium": _case("HeliumForCausalLM", **_TINY, head_dim=6, attention_bias=True, mlp_bias=True),
     "phi-3": _case("Phi3ForCausalLM", **_TINY),
     "phi-3.5, longrope": _case(
         "Phi3ForCausalLM",
@@ -438,4 +440,4 @@ CLASSIFIERS: dict[str, Case] = {
 }
 
 # Cases of which the default test run checks every column; the others wait for `make oracle`.
-FAST = ("llama 3.1", "gemma 3", "gpt-2")
+FAST = ("llama 3.1", "gpt-2")

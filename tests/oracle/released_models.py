@@ -10,6 +10,8 @@ RELEASED: dict[str, tuple[str, ...]] = {
     "Olmo2ForCausalLM": ("OLMo 2",),
     "Olmo3ForCausalLM": ("OLMo 3",),
     "SeedOssForCausalLM": ("Seed-OSS 36B",),
+    "ArceeForCausalLM": ("AFM 4.5B",),
+    "HeliumForCausalLM": ("Helium 1 2B",),
     "Phi3ForCausalLM": ("Phi-3", "Phi-3.5 mini", "Phi-4", "Phi-4-mini"),
     "GlmForCausalLM": ("GLM-4 9B",),
     "Glm4ForCausalLM": ("GLM-4-0414",),

@@ -111,7 +111,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(v, marks=[pytest.mark.oracle] * (v != "lora")) for v in VARIANTS]
+)
 def test_the_first_losses_equal_transformers_and_peft(config, tmp_path, variant):
     config = config.model_copy(update={**VARIANTS[variant], "output_dir": str(tmp_path / "out")})
     plan = make_plan(config)

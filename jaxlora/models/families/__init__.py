@@ -6,6 +6,7 @@ from jaxlora.models.families import (
     encoders,
     experts,
     gemma,
+    glm,
     gpt,
     layernorm,
     llama,
@@ -14,6 +15,7 @@ from jaxlora.models.families.row import Family
 
 _DECODERS: dict[str, Family] = {
     **llama.ROWS,
+    **glm.ROWS,
     **gemma.ROWS,
     **experts.ROWS,
     **deepseek.ROWS,

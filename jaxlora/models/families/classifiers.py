@@ -38,7 +38,7 @@ def _score(row: Family) -> Family:
 
 _SCORED = """Llama Mistral Mixtral Qwen2 Qwen2Moe Qwen3 Qwen3Moe SmolLM3 Olmo2 Olmo3 SeedOss Phi3
     Glm Glm4 Gemma Gemma2 Phi StableLm Starcoder2 GPTNeoX GPT2 Falcon DeepseekV2 DeepseekV3
-    GptOss Gemma3""".split()
+    GptOss Gemma3 Arcee Helium""".split()
 _OTHER_STEMS = {"Gemma3": "Gemma3Text"}
 
 

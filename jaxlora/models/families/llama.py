@@ -1,7 +1,5 @@
 """LLaMA and the families that are LLaMA with a few changes."""
 
-from typing import Any
-
 from jaxlora.models.families.row import SIZES, Family, Fields, field, layer_names, layers_of_type
 
 LLAMA = Family(
@@ -213,6 +211,33 @@ SEED_OSS = LLAMA.but(
     config={"output_bias": field("attention_out_bias")},
 )
 
+ARCEE = LLAMA.but(
+    fields={
+        "hidden_size": 2560,
+        "intermediate_size": 18432,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "relu2",
+    },
+    config={"mlp_gated": False},
+)
+
+HELIUM = LLAMA.but(
+    fields={
+        "vocab_size": 48000,
+        "hidden_size": 2560,
+        "intermediate_size": 7040,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 20,
+        "num_key_value_heads": 20,
+        "head_dim": 128,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-8,
+        "rope_theta": 100000.0,
+    },
+    config={"output_bias": False, "rope_interleaved": True},
+)
+
 PHI3 = LLAMA.but(
     fields={
         "vocab_size": 32064,
@@ -239,39 +264,6 @@ PHI3 = LLAMA.but(
     expected={"full_attn_mod": (1,), "interpolate_factor": (1,)},
 )
 
-_GLM_CONFIG: dict[str, Any] = {
-    "output_bias": False,
-    "mlp_bias": False,
-    "mlp_fused": True,
-    "rope_interleaved": True,
-}
-GLM = LLAMA.but(
-    fields={
-        "vocab_size": 151552,
-        "intermediate_size": 13696,
-        "num_hidden_layers": 40,
-        "num_key_value_heads": 2,
-        "head_dim": 128,
-        "max_position_embeddings": 131072,
-        "rms_norm_eps": 0.00000015625,
-        "partial_rotary_factor": 0.5,
-        "attention_bias": True,
-    },
-    without=("mlp_bias",),
-    config=_GLM_CONFIG,
-    names=FUSED_GATE_UP,
-)
-GLM4 = GLM.but(
-    config={"norms": ("attention_in", "attention_out", "mlp_in", "mlp_out")},
-    names=layer_names(
-        "model.layers.{layer}",
-        {
-            "attention_out_norm": "post_self_attn_layernorm",
-            "mlp_out_norm": "post_mlp_layernorm",
-        },
-    ),
-)
-
 ROWS: dict[str, Family] = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": MISTRAL,
@@ -282,7 +274,7 @@ ROWS: dict[str, Family] = {
     "Olmo2ForCausalLM": OLMO2,
     "Olmo3ForCausalLM": OLMO3,
     "SeedOssForCausalLM": SEED_OSS,
+    "ArceeForCausalLM": ARCEE,
+    "HeliumForCausalLM": HELIUM,
     "Phi3ForCausalLM": PHI3,
-    "GlmForCausalLM": GLM,
-    "Glm4ForCausalLM": GLM4,
 }
