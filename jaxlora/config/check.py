@@ -89,6 +89,9 @@ def _separate(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[Problem]]:
         found += _map(ours, name, foreign[name])
     for name in foreign.keys() & IMPLIED.keys():
         found += _imply(ours, name, foreign[name])
+    if isinstance(ours.get("tokens"), Mapping):
+        foreign["tokens"] = ours.pop("tokens")
+        found += _name_special_tokens(ours, foreign["tokens"])
     for name in _DATASETS:
         ours[name], problems = _without_foreign(name, ours.get(name))
         found += problems
@@ -115,6 +118,17 @@ def _imply(ours: dict[str, Any], name: str, value: Any) -> list[Problem]:
         return [Problem((name,), f"it contradicts {target}: true", (target,))]
     if value:
         ours[target] = implied
+    return []
+
+
+def _name_special_tokens(ours: dict[str, Any], names: Mapping[str, Any]) -> list[Problem]:
+    """Reads `tokens` as a mapping, which is how files of old spell `special_tokens`."""
+    given = ours.get("special_tokens")
+    given = given if isinstance(given, Mapping) else {}
+    if any(given.get(name, text) != text for name, text in names.items()):
+        text = "as a mapping it means the same as special_tokens; set only one"
+        return [Problem(("tokens",), text, ("special_tokens",))]
+    ours["special_tokens"] = {**given, **names}
     return []
 
 

@@ -85,6 +85,17 @@ def lora_init(config: Config) -> bool | str:
     return config.peft_init_lora_weights or ("loftq" if loftq else True)
 
 
+def matches_beside_adapter(pattern: str) -> bool:
+    """Returns whether an entry of `unfrozen_parameters` can name a tensor beside an adapter.
+
+    There, in Axolotl, all names begin with ``base_model.model.``.
+
+    >>> matches_beside_adapter("lm_head"), matches_beside_adapter("^lm_head")
+    (True, False)
+    """
+    return not pattern.startswith("^") or pattern.startswith("^base_model")
+
+
 def remat_policy(config: Config) -> str:
     """Returns what the backward pass recomputes: none, full, attention or matmuls."""
     return config.remat or ("full" if config.gradient_checkpointing else "none")

@@ -79,7 +79,7 @@ _NO_OP = {
         torch_empty_cache_steps profiler_steps profiler_steps_start""",
     "out of memory is an error; lower micro_batch_size": "auto_find_batch_size",
     "packing is planned exactly, row by row": """sample_packing_eff_est total_num_tokens
-        sample_packing_group_size sample_packing_bin_size sample_packing_sequentially
+        sample_packing_group_size sample_packing_bin_size
         sample_packing_seq_len_multiplier sample_packing_mp_start_method max_packed_sequence_len
         pretrain_multipack_attn pretrain_multipack_buffer_size streaming_multipack_buffer_size
         multipack_real_batches batch_flattening pad_to_multiple_of""",
@@ -151,7 +151,6 @@ _REFUSED = {
         liger_use_token_scaling peft_layer_replication peft_ensure_weight_tying
         lr_scheduler_kwargs optim_args
         eval_causal_lm_metrics do_causal_lm_eval do_bench_eval""",
-    "not available; a run ends after num_epochs or max_steps": "early_stopping_patience",
     "not available; only plugins that merely speed Axolotl up, or log, are accepted": "plugins",
 }
 

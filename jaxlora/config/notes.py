@@ -26,6 +26,8 @@ def read_as(key: str) -> str | None:
     >>> read_as("dp_shard_size"), read_as("strict")
     ('read as mesh.fsdp', None)
     """
+    if key == "tokens":
+        return "a mapping is read as special_tokens"
     if key in MAPPED:
         return f"read as {'.'.join(MAPPED[key])}"
     if key not in IMPLIED:
@@ -85,6 +87,8 @@ def _adapter(config: Config) -> Iterator[str]:
             if key.startswith(("lora_", "loraplus_", "peft_")) and getattr(config, key):
                 yield f"{key}: no effect: adapter is not set"
         return
+    if config.unfrozen_parameters:
+        yield "unfrozen_parameters: no effect: it matches no name beside an adapter, which trains"
     if config.peft_init_lora_weights is False:
         yield "peft_init_lora_weights: false is read as the default, as in Axolotl"
     if config.lora_model_dir and derived.lora_init(config) is not True:

@@ -65,12 +65,18 @@ def _held_out(config: Config) -> Iterator[Problem]:
             "eval_steps": config.eval_steps,
             "eval_strategy": config.eval_strategy not in (None, "no"),
             "eval_exact_match": config.eval_exact_match,
+            "early_stopping_patience": config.early_stopping_patience,
         }
         for key in (key for key, value in asked.items() if value):
-            if config.eval_strategy != "no" or key == "eval_exact_match":
+            if config.eval_strategy != "no" or key not in ("eval_steps", "eval_strategy"):
                 text = "there is no held-out data; set val_set_size or test_datasets"
                 yield Problem((key,), text, held_out)
-    elif config.eval_exact_match:
+        return
+    if config.early_stopping_patience and derived.eval_every(config, 1) is None:
+        text = "nothing is evaluated while training; set evals_per_epoch or eval_steps"
+        others = ("eval_strategy", "evals_per_epoch")
+        yield Problem(("early_stopping_patience",), text, others)
+    if config.eval_exact_match:
         sets = config.test_datasets or config.datasets
         promptless = ("completion", "classification")
         if all(entry.type in promptless for entry in sets):
@@ -96,6 +102,9 @@ def _labels(config: Config) -> Iterator[Problem]:
         if getattr(config, key):
             text = "a classifier reads one text in a row; remove it"
             yield Problem((key,), text, sets)
+    if config.excess_length_strategy == "split":
+        text = "a label belongs to a whole text; use drop, truncate or raise"
+        yield Problem(("excess_length_strategy",), text, sets)
     names = config.label_names
     if len(set(names)) < len(names):
         yield Problem(("label_names",), "a name is there twice; list each once")
@@ -168,7 +177,7 @@ def _adapter(config: Config) -> Iterator[Problem]:
             text = "random weights must not be frozen; remove one of them"
             yield Problem(("unfrozen_parameters",), text, ("reinit_weights",))
         return
-    if config.unfrozen_parameters:
+    if any(derived.matches_beside_adapter(each) for each in config.unfrozen_parameters):
         text = "it is for training without an adapter; use lora_modules_to_save"
         yield Problem(("unfrozen_parameters",), text, ("adapter",))
     for key, common in (("lora_r", 16), ("lora_alpha", 32)):

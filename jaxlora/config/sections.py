@@ -160,8 +160,8 @@ class DataKeys(Section):
     """Trains the prompts too."""
     sequence_len: Annotated[Whole, Field(ge=2, le=10_000_000)] = 512
     """Tokens in a row."""
-    excess_length_strategy: Literal["drop", "truncate", "raise"] = "drop"
-    """What becomes of an example longer than `sequence_len`."""
+    excess_length_strategy: Literal["drop", "truncate", "split", "raise"] = "drop"
+    """What becomes of an example longer than `sequence_len`; split (jaxlora): several examples."""
     streaming: Flag = False
     """Reads only as many rows as `max_steps` needs; evaluation data is read whole."""
     dataset_mixing_strategy: Literal["concatenate", "interleave"] = "concatenate"
@@ -176,6 +176,8 @@ class DataKeys(Section):
     """(jaxlora) Share of a data set's rows that `on_bad_row: skip` may leave out."""
     sample_packing: Flag = False
     """Puts several examples in a row; they do not see each other."""
+    sample_packing_sequentially: Flag = False
+    """Packs examples in their order rather than longest first."""
     eval_sample_packing: Flag | None = None
     """The same for evaluation; null: as `sample_packing`."""
     pad_to_sequence_len: Flag | None = None
@@ -275,6 +277,8 @@ class RunKeys(Section):
     """(jaxlora) Steps in a row that `nonfinite: skip` may leave out."""
     stall_timeout: NotNegative = 1800
     """(jaxlora) Seconds without a sign of life, compilation aside, that end a run; 0: never."""
+    early_stopping_patience: Count | None = None
+    """Held-out losses in a row, none below the lowest, that end the run; null: it goes on."""
     logging_steps: Count | None = None
     """Steps between log lines; null: 0.5 % of the run, 1 to 10."""
     resume_from_checkpoint: Flag | Text | None = None

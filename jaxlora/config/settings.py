@@ -95,6 +95,7 @@ def data_options(config: Config, labels: Labels | None = None, *, replicas: int 
         sequence_len=config.sequence_len,
         train_on_inputs=config.train_on_inputs,
         sample_packing=config.sample_packing,
+        sample_packing_sequentially=config.sample_packing_sequentially,
         eval_sample_packing=derived.eval_packing(config),
         val_set_size=config.val_set_size,
         seed=config.seed,

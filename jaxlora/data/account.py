@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from jaxlora.core.errors import UserError
 from jaxlora.data.lines import Fault
-from jaxlora.data.report import SourceReport
+from jaxlora.data.report import DIVIDED, TRUNCATED, SourceReport
 from jaxlora.data.spec import DataOptions, DatasetSpec
 
 BAD = "bad row: "
@@ -57,17 +57,18 @@ class Account:
 
     def __init__(self, spec: DatasetSpec, options: DataOptions) -> None:
         self.spec, self.limit = spec, options.max_bad_rows
-        self.read = self.kept = self.truncated = self.examples = 0
+        self.read = self.kept = self.truncated = self.divided = self.examples = 0
         self.dropped: dict[str, int] = {}
         self.first: dict[str, str] = {}
 
     def add(self, origin: str, examples: int, why: str | None) -> None:
-        """One row: how many examples it gave, and why it was dropped or ``truncated``, or None."""
+        """One row: how many examples it gave, and what happened to it, or None."""
         self.read += 1
         self.examples += examples
         if examples:
             self.kept += 1
-            self.truncated += why == "truncated"
+            self.truncated += why == TRUNCATED
+            self.divided += why == DIVIDED
             return
         assert why is not None
         if why.startswith(BAD) and why not in self.dropped and len(self.dropped) >= _MOST_REASONS:
@@ -104,6 +105,7 @@ class Account:
             self.truncated,
             self.examples,
             self.first,
+            self.divided,
         )
 
     def _reasons(self) -> str:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from jaxlora.core.errors import UserError
 from jaxlora.data.masking import Masking
-from jaxlora.data.packing import Plan, best_fit, one_each
+from jaxlora.data.packing import Plan, one_each, packed
 from jaxlora.data.table import TokenTable
 
 _ROUND_TO = 64
@@ -19,7 +19,8 @@ class Batches:
     T is `sequence_len` with packing or `pad`, else the longest example rounded up to a multiple of
     64 (one shape, so one compilation). Each epoch holds each example once, or those that `examples`
     lists, in that order without `shuffle`; the rows that the last batch lacks are empty (segment
-    id 0, weight 0).
+    id 0, weight 0). With `packing` longer examples are placed first, or with `sequential` each in
+    its turn.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class Batches:
         rows: int,
         accumulation: int = 1,
         packing: bool = False,
+        sequential: bool = False,
         seed: int = 0,
         pad_id: int = 0,
         pad: bool = False,
@@ -53,7 +55,9 @@ class Batches:
         self.masking, self.token_types = masking, token_types
         rounded = math.ceil(longest / _ROUND_TO) * _ROUND_TO
         self.length = sequence_len if packing or pad else min(rounded, sequence_len)
-        plan: Plan = best_fit(lengths, self.length, seed) if packing else one_each(len(lengths))
+        plan = one_each(len(lengths))
+        if packing:
+            plan = packed(lengths, self.length, seed, sequential=sequential)
         self.plan = plan if examples is None else Plan(examples[plan.items], plan.offsets)
         self.steps_per_epoch = math.ceil(len(self.plan) / (rows * accumulation))
         self._order: tuple[int, NDArray[np.int64]] | None = None

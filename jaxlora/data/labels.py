@@ -10,7 +10,7 @@ from jaxlora.core.errors import UserError, did_you_mean
 from jaxlora.data.account import drafted
 from jaxlora.data.encode import LabelledExample, too_long
 from jaxlora.data.prompts import no_column, text_of
-from jaxlora.data.report import EMPTY, TOO_LONG, TOO_SHORT
+from jaxlora.data.report import EMPTY, TOO_LONG, TOO_SHORT, TRUNCATED
 from jaxlora.data.sources import rows, scan
 from jaxlora.data.spec import DataOptions, DatasetSpec, Labels
 from jaxlora.data.tokenizer import Encoder
@@ -102,7 +102,7 @@ def label_of(row: Mapping[str, Any], column: str, origin: str, labels: Labels) -
 def labelled_examples(
     spec: DatasetSpec, options: DataOptions, encoder: Encoder
 ) -> Iterator[tuple[str, list[LabelledExample], str | None]]:
-    """Yields ``(origin, examples, why)`` per row: why it was dropped or ``truncated``, or None.
+    """Yields ``(origin, examples, what happened to the row or None)`` for each row.
 
     A text becomes what ``tokenizer(text)`` makes of it, so that a model reads it alike wherever it
     is loaded; two texts what ``tokenizer(first, second)`` does.
@@ -135,7 +135,7 @@ def labelled_examples(
                     raise too_long(origin, len(tokens), limit)
                 yield origin, [], TOO_LONG
             else:
-                why = "truncated" if encoding.overflowing else None
+                why = TRUNCATED if encoding.overflowing else None
                 example = (tokens, np.zeros(len(tokens), np.uint8), (label, _second(encoding)))
                 yield origin, [example], why
 

@@ -24,11 +24,13 @@ from jaxlora.data.labels import labelled_examples
 from jaxlora.data.origins import write_row_numbers
 from jaxlora.data.prompts import CustomPrompt, Instruction, completion, input_output
 from jaxlora.data.report import (
+    DIVIDED,
     DUPLICATE,
     EMPTY,
     NOTHING_TRAINED,
     TOO_LONG,
     TOO_SHORT,
+    TRUNCATED,
     Report,
     SourceReport,
     TableReport,
@@ -110,7 +112,7 @@ def prepare(
 def examples_of(
     spec: DatasetSpec, options: DataOptions, encoder: Encoder
 ) -> Iterator[tuple[str, list[Example], str | None]]:
-    """Yields ``(origin, examples, why)`` per row: why it was dropped or ``truncated``, or None."""
+    """Yields ``(origin, examples, what happened to the row or None)`` for each row."""
     to_draft = drafter(spec, options, encoder)
     source = scan(spec)
     while chunk := list(islice(source, _CHUNK)):
@@ -167,14 +169,16 @@ def _fit(
     if len(example[0]) < options.min_sample_len:
         return [], TOO_SHORT
     examples = [example]
-    if isinstance(draft, Pieces) and draft.split:
-        examples = cut(example, limit)
-    elif len(example[0]) > limit:
-        if options.excess_length_strategy == "raise":
+    if len(example[0]) > limit:
+        strategy = options.excess_length_strategy
+        if (isinstance(draft, Pieces) and draft.split) or strategy == "split":
+            examples, why = cut(example, limit), DIVIDED
+        elif strategy == "raise":
             raise too_long(origin, len(example[0]), limit)
-        if options.excess_length_strategy == "drop":
+        elif strategy == "drop":
             return [], TOO_LONG
-        examples, why = [(example[0][:limit], example[1][:limit])], "truncated"
+        else:
+            examples, why = [(example[0][:limit], example[1][:limit])], TRUNCATED
     examples = [each for each in examples if each[1].any()]
     return (examples, why) if examples else ([], NOTHING_TRAINED)
 

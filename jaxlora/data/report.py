@@ -6,19 +6,22 @@ from typing import Any
 
 import numpy as np
 
-from jaxlora.data.packing import best_fit, efficiency
+from jaxlora.data.packing import efficiency, packed
 from jaxlora.data.spec import DataOptions
 from jaxlora.data.table import TokenTable
 
 TOO_LONG, TOO_SHORT = "longer than sequence_len", "shorter than min_sample_len"
 NOTHING_TRAINED, EMPTY, DUPLICATE = "no trained token", "empty text", "duplicate"
+TRUNCATED, DIVIDED = "truncated", "split"
+"""What happened to a row that is kept; the others say why one is dropped."""
 
 
 @dataclass(frozen=True)
 class SourceReport:
     """What became of one data set's rows: ``kept + sum(dropped.values()) == read``.
 
-    dropped: rows by reason; first: where the first of them is. Truncated rows are kept ones.
+    dropped: rows by reason; first: where the first of them is. Of the kept rows `truncated` lost
+    their end, and `divided` became several examples.
     """
 
     path: str
@@ -29,6 +32,7 @@ class SourceReport:
     truncated: int
     examples: int
     first: dict[str, str] = field(default_factory=dict)
+    divided: int = 0
 
 
 @dataclass(frozen=True)
@@ -62,12 +66,13 @@ class Report:
     missed: tuple[str, ...] = ()
 
 
-def table_report(folder: Path, options: DataOptions, packed: bool) -> dict[str, Any]:
+def table_report(folder: Path, options: DataOptions, packs: bool) -> dict[str, Any]:
     """A `TableReport` as plain values, from the table in a folder."""
     table = TokenTable.load(folder)
     lengths, share = table.lengths, None
-    if packed:
-        plan = best_fit(lengths, options.sequence_len, options.seed)
+    if packs:
+        sequential = options.sample_packing_sequentially
+        plan = packed(lengths, options.sequence_len, options.seed, sequential=sequential)
         share = efficiency(lengths, len(plan), options.sequence_len)
     counts = None
     if table.labels is not None and options.labels is not None:

@@ -128,11 +128,12 @@ class DataOptions:
     sequence_len: int
     train_on_inputs: bool = False
     sample_packing: bool = False
+    sample_packing_sequentially: bool = False
     eval_sample_packing: bool | None = None
     val_set_size: float = 0.0
     seed: int = 42
     pad_to_sequence_len: bool = False
-    excess_length_strategy: Literal["drop", "truncate", "raise"] = "drop"
+    excess_length_strategy: Literal["drop", "truncate", "split", "raise"] = "drop"
     dataset_prepared_path: str | None = None
     chat_template: str | None = None
     eot_tokens: tuple[str, ...] = field(default=())
@@ -161,8 +162,8 @@ class DataOptions:
                 f'on_bad_row: "{self.on_bad_row}" with max_bad_rows {self.max_bad_rows}; expected '
                 "error or skip, and a share of the rows from 0 to 1."
             )
-        if self.excess_length_strategy not in ("drop", "truncate", "raise"):
+        if self.excess_length_strategy not in ("drop", "truncate", "split", "raise"):
             raise UserError(
                 f'excess_length_strategy: "{self.excess_length_strategy}" is not known; '
-                "expected drop, truncate or raise."
+                "expected drop, truncate, split or raise."
             )

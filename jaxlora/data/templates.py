@@ -107,7 +107,7 @@ _ROWS: Mapping[str, Turns] = {
         prompt="<\uff5cAssistant\uff5c>",
         start="{bos}",
         system="{content}",
-        forget=True,
+        forget="</think>",
     ),
     "exaone": Turns(
         {"user": "[|user|]{content}\n", "": "[|{role}|]{content}[|endofturn|]\n"},
@@ -119,6 +119,16 @@ _ROWS: Mapping[str, Turns] = {
     "gemma": Turns(_GEMMA_TURNS, _GEMMA_PROMPT, "{bos}", alternate=True, trim=True),
     "gemma3": _GEMMA3,
     "gemma3n": _GEMMA3,
+    "gemma4": Turns(
+        {
+            "assistant": "<|turn>model\n{content}<turn|>\n",
+            "": "<|turn>{role}\n{content}<turn|>\n",
+        },
+        prompt="<|turn>model\n",
+        start="{bos}",
+        trim=True,
+        forget="<channel|>",
+    ),
     "jamba": Turns(
         {"": _JAMBA},
         prompt="<|bom|><|assistant|>",

@@ -29,7 +29,7 @@ class Turns:
     `default`; None: the system has a turn like others, if it is in `turns`. first_user: form of
     the system's message inside the first user's. between: turns. prompt: where an answer starts.
     finish: after the last turn, unless an answer starts there. trim: contents lose white space at
-    their ends. forget: answers lose their thoughts.
+    their ends. forget: the word up to which answers are thoughts, which they lose.
     """
 
     turns: Mapping[str, str]
@@ -42,7 +42,7 @@ class Turns:
     finish: str = ""
     alternate: bool = False
     trim: bool = False
-    forget: bool = False
+    forget: str = ""
 
     @property
     def jinja(self) -> str:
@@ -79,13 +79,13 @@ class Turns:
         return text + "{% endif %}"
 
     def _shaped(self) -> str:
-        text = "{% set content = content | trim %}" if self.trim else ""
+        text = ""
         if self.forget:
-            text += (
+            text = (
                 "{% if message['role'] == 'assistant' %}"
-                "{% set content = content.split('</think>')[-1] %}{% endif %}"
+                f"{{% set content = content.split({quoted(self.forget)})[-1] %}}{{% endif %}}"
             )
-        return text
+        return text + ("{% set content = content | trim %}" if self.trim else "")
 
     def _inside_user(self) -> str:
         if self.first_user is None:

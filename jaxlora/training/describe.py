@@ -77,9 +77,12 @@ def preview(
 
 def _describe_source(source: SourceReport) -> str:
     text = f"data: {source.path} [{source.split}]: {source.kept:,} of {source.read:,} rows kept"
+    changed = {"truncated": source.truncated, "split": source.divided}
+    if parts := [f"{rows:,} of them {how}" for how, rows in changed.items() if rows]:
+        text += f" ({', '.join(parts)})"
     for reason, rows in source.dropped.items():
         text += f", {rows:,} dropped ({reason}; first {source.first[reason]})"
-    return text + (f", {source.truncated:,} truncated" if source.truncated else "")
+    return text
 
 
 def describe_weights(plan: Plan, trainable: Any, frozen: Any) -> str:

@@ -21,6 +21,7 @@ from jaxlora.training.progress import Display
 from jaxlora.training.setup import Plan, make_plan
 from jaxlora.training.state import TrainState, load_weights
 from jaxlora.training.step import make_eval_step, weights
+from jaxlora.training.watchdog import falls_no_more
 
 EXACT_MATCH_ROWS = 200  # enough for a standard error below 4 points
 
@@ -120,6 +121,7 @@ class Evaluator:
       eval_step: compiled.
       display, sinks: where the numbers go.
       between: called before each batch.
+      records: lines of metrics.jsonl up to where the run continues.
     """
 
     def __init__(
@@ -129,7 +131,9 @@ class Evaluator:
         display: Display,
         sinks: Sequence[Sink],
         between: Callable[[], None],
+        records: Sequence[dict[str, Any]] = (),
     ):
+        self._losses = {each["step"]: each["eval_loss"] for each in records if "eval_loss" in each}
         self._plan, self._eval_step = plan, eval_step
         self._display, self._sinks, self._between = display, sinks, between
 
@@ -142,7 +146,13 @@ class Evaluator:
         self._display.pause(time.monotonic() - started)
         self._display.say(str(found))
         write_all(self._sinks, state.step, found.metrics)
+        self._losses[state.step] = found.loss
         return found.metrics
+
+    @property
+    def stale(self) -> bool:
+        """Whether the held-out loss falls no more, and the run is to end then."""
+        return falls_no_more([*self._losses.values()], self._plan.config.early_stopping_patience)
 
     def everything(self, state: TrainState, when: str) -> dict[str, float]:
         """The same, and exact matches if they are asked for."""

@@ -151,7 +151,7 @@ class Run:
         saver = Saver(plan, store, self.phases, self.interrupts, own)
         # Not before: a continuation that is refused leaves the folder as it was.
         (folder / "config.yml").write_text(dump_config(config))
-        records = read_lines(folder / METRICS_FILE)
+        records = [r for r in read_lines(folder / METRICS_FILE) if r["step"] <= self.state.step]
         sinks = open_sinks(config, folder, after=self.state.step)
         stack.callback(lambda: [sink.close() for sink in sinks])
         display = stack.enter_context(Display(plan.total_steps, first=self.state.step, quiet=quiet))
@@ -164,16 +164,18 @@ class Run:
             self.last_loss = record_at(records, self.state.step).get("loss", math.nan)
             # Of another run's folder: from now on this one has all it takes to continue.
             saver.save(self.state)
-        evaluator = Evaluator(plan, self.eval_step, display, sinks, self._between)
+        evaluator = Evaluator(plan, self.eval_step, display, sinks, self._between, records)
         self.interrupts.rescue = lambda: saver.rescue(self.state)
         try:
             with self.phases("eval"):
                 before = evaluator.before(self.state, record_at(records, 0))
             with self.interrupts.held():
-                while self.state.step < plan.total_steps and not self.failed:
+                while self.state.step < plan.total_steps and not (self.failed or evaluator.stale):
                     self.interrupts.check()
                     self._step(display, sinks, store, saver, evaluator)
                 saver.save(self.state)
+            if evaluator.stale:
+                display.say("stopped: the held-out loss falls no more (early_stopping_patience)")
             with self.phases("eval"):
                 after = evaluator.everything(self.state, "after training")
             with self.phases("export"):

@@ -249,6 +249,7 @@ def make_plan(config: Config, say: Say = lambda text: None) -> Plan:
         "seed": config.seed,
         "pad_id": pad_id(model.tokenizer),
         "pad": options.pad_to_sequence_len,
+        "sequential": config.sample_packing_sequentially,
         "vocab_size": model.cfg.vocab_size,
         "masking": masking,
         # As transformers' tokenizer, which tells the model of them or does not.

@@ -1,8 +1,10 @@
-"""Ends a run whose loss has gone up and stays up (Axolotl's loss watchdog)."""
+"""Ends a run before its time: a loss that stays high, a held-out loss that falls no more."""
+
+from collections.abc import Sequence
 
 
 class LossWatchdog:
-    """Counts losses in a row above a threshold.
+    """Counts losses in a row above a threshold (Axolotl's loss watchdog).
 
     >>> watchdog = LossWatchdog(5.0, patience=2)
     >>> [watchdog.barks(loss) for loss in (6.0, 4.0, 6.0, 7.0)]
@@ -23,3 +25,16 @@ class LossWatchdog:
             return False
         self._high = self._high + 1 if loss > self.threshold else 0
         return self._high >= self.patience
+
+
+def falls_no_more(losses: Sequence[float], patience: int | None) -> bool:
+    """Returns whether the last `patience` held-out losses are all no lower than the lowest before.
+
+    As transformers counts; None never gives up.
+
+    >>> falls_no_more([3.0, 2.0, 2.5, 1.9, 1.9], 2), falls_no_more([3.0, 2.0, 2.0, 2.5], 2)
+    (False, True)
+    """
+    if patience is None or not losses:
+        return False
+    return len(losses) - 1 - losses.index(min(losses)) >= patience

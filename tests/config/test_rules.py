@@ -17,6 +17,10 @@ CONFLICTS = [
         "dataset_exact_deduplication",
         {"streaming": True, "max_steps": 3, "dataset_exact_deduplication": True},
     ),
+    (
+        "excess_length_strategy",
+        {"datasets": [ROWS | {"type": "classification"}], "excess_length_strategy": "split"},
+    ),
     ("mixing_stops", {"mixing_stops": "all_exhausted"}),
     ("datasets[0].shards_idx", {"datasets": [ROWS | {"shards": 4, "shards_idx": 4}]}),
     ("datasets[0].shards", {"datasets": [ROWS | {"shards": 4, "preprocess_shards": 4}]}),
@@ -25,6 +29,8 @@ CONFLICTS = [
     ("eval_steps", {"eval_steps": 10}),
     ("eval_strategy", {"eval_strategy": "epoch"}),
     ("eval_exact_match", {"eval_exact_match": True}),
+    ("early_stopping_patience", {"early_stopping_patience": 3}),
+    ("early_stopping_patience", HELD_OUT | {"early_stopping_patience": 3, "evals_per_epoch": 0}),
     (
         "eval_exact_match",
         HELD_OUT
@@ -52,6 +58,9 @@ CONFLICTS = [
     ("cosine_constant_lr_ratio", {"cosine_constant_lr_ratio": 0.8}),
     ("cosine_min_lr_ratio", {"cosine_min_lr_ratio": 0.1, "lr_scheduler": "linear"}),
     ("lora_model_dir", {"lora_model_dir": "x"}),
+    ("unfrozen_parameters", LORA | {"unfrozen_parameters": ["^lm_head", "lm_head"]}),
+    ("tokens", {"tokens": {"pad_token": "<p>"}, "special_tokens": {"pad_token": "<q>"}}),
+    ("special_tokens.pad", {"tokens": {"pad": "<p>"}}),
     ("lora_r", LORA | {"lora_r": None}),
     ("lora_alpha", LORA | {"lora_alpha": None}),
     ("reinit_weights", LORA | {"reinit_weights": True}),

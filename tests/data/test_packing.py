@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 
-from jaxlora.data.packing import best_fit, efficiency, one_each
+from jaxlora.data.packing import best_fit, efficiency, in_order, one_each, packed
 
 
 def lengths_like(kind: str, count: int = 5000) -> np.ndarray:
@@ -29,6 +29,31 @@ def test_every_example_is_in_one_row_that_holds_it(kind):
 def test_rows_are_at_least_98_percent_full(kind):
     lengths = lengths_like(kind)
     assert efficiency(lengths, len(best_fit(lengths, 2048, seed=0)), 2048) >= 0.98
+
+
+@pytest.mark.parametrize("kind", ["short", "long_tail", "one_size"])
+def test_sequential_rows_keep_the_order_but_for_the_last_8_rows(kind):
+    lengths = lengths_like(kind)
+    plan = in_order(lengths, 2048)
+    assert np.array_equal(np.sort(plan.items), np.arange(len(lengths)))
+    row_of = np.empty(len(lengths), np.int64)
+    for row in range(len(plan)):
+        items = plan[row]
+        assert 0 < lengths[items].sum() <= 2048
+        assert (np.diff(items) > 0).all()
+        row_of[items] = row
+    # Rows are opened in turn, and none is filled once 8 later ones are open.
+    opened = np.maximum.accumulate(row_of)
+    assert (np.diff(opened) <= 1).all()
+    assert (opened - row_of < 8).all()
+
+
+def test_sequential_packing_takes_the_first_row_with_room():
+    plan = in_order(np.array([6, 5, 4, 3, 2]), 10)
+    assert [plan[i].tolist() for i in range(len(plan))] == [[0, 2], [1, 3, 4]]
+    assert packed(np.array([6, 5, 4, 3, 2]), 10, 0, sequential=True).items.tolist() == [
+        *(0, 2, 1, 3, 4)
+    ]
 
 
 def test_best_fit_finds_the_row_with_least_room():

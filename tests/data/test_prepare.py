@@ -91,6 +91,7 @@ def test_short_examples_are_left_out_and_counted(tokenizer, tmp_path, options):
     [
         ("drop", 2, {TOO_LONG: 2, NOTHING_TRAINED: 1}, 0),
         ("truncate", 3, {NOTHING_TRAINED: 2}, 1),
+        ("split", 4, {NOTHING_TRAINED: 1}, 0),
     ],
 )
 def test_kept_and_dropped_are_the_rows_read(
@@ -109,6 +110,18 @@ def test_kept_and_dropped_are_the_rows_read(
     assert (source.read, source.kept, source.truncated) == (5, kept, truncated)
     assert source.dropped == dropped
     assert source.kept + sum(source.dropped.values()) == source.read
+    assert source.divided == (2 if strategy == "split" else 0)
+
+
+def test_split_rows_train_every_answer_token_once(tokenizer, tmp_path, options):
+    spec = DatasetSpec(write(tmp_path / "a.jsonl", [segment_row(1, 20, 100)]), **SEGMENTS)
+    options = dataclasses.replace(options, excess_length_strategy="split")
+    table = prepare([spec], [], options, tokenizer).train
+    assert max(table.lengths) == 32
+    assert int(table.trained.sum()) == 100
+    pieces = [tokenizer.decode(table[i][0]) for i in range(len(table))]
+    # Each piece starts with the token before it.
+    assert pieces[0] + "".join(piece[1:] for piece in pieces[1:]) == "0001" + "p" * 16 + "a" * 100
 
 
 def test_long_completions_are_split_not_dropped(tokenizer, tmp_path, options):
@@ -228,7 +241,9 @@ def test_contradicting_settings_are_refused(tokenizer, tmp_path, options):
         prepare([], [], options, tokenizer)
 
 
-def test_real_data_packs_at_98_percent_and_ends_every_answer(llama2, shared, options):
+@pytest.mark.parametrize("sequential", [False, True])
+def test_real_data_packs_at_98_percent_and_ends_every_answer(llama2, shared, options, sequential):
+    options = dataclasses.replace(options, sample_packing_sequentially=sequential)
     spec = DatasetSpec(str(shared / "instructions" / "alpaca_en_demo.json"), "alpaca")
     options = dataclasses.replace(options, sequence_len=2048, sample_packing=True)
     prepared = prepare([spec], [], options, llama2)

@@ -78,6 +78,12 @@ EXPECTED = {
     "gemma": ("<B><start_of_turn>user\n", None, GEMMA),
     "gemma3": GEMMA3,
     "gemma3n": GEMMA3,
+    "gemma4": (
+        "<B>",
+        "<B><|turn>system\nS<turn|>\n",
+        "<|turn>user\nQ<turn|>\n<|turn>model\nA<turn|>\n"
+        "<|turn>user\nR<turn|>\n<|turn>model\nB<turn|>\n",
+    ),
     "jamba": (
         "<|startoftext|><|bom|><|system|> <|eom|>",
         "<|startoftext|><|bom|><|system|> S <|eom|>",
@@ -176,6 +182,7 @@ ENDS = {
     **dict.fromkeys(["phi_3", "phi_35"], "<|end|>"),
     "deepseek_v3": "<\uff5cend\u2581of\u2581sentence\uff5c>",
     "exaone": "[|endofturn|]",
+    "gemma4": "<turn|>",
     "jamba": "<|eom|>",
     "llama4": "<|eot|>",
 }
@@ -240,6 +247,15 @@ def test_an_answer_starts_where_generation_starts(name):
 def test_contents_may_be_parts(name):
     parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in TALK]
     assert template(name).render(parts) == template(name).render(TALK)
+
+
+@pytest.mark.parametrize(
+    ("name", "thoughts"),
+    [("deepseek_v3", "<think>why</think>"), ("gemma4", "<|channel>thought\nwhy\n<channel|>")],
+)
+def test_answers_lose_the_thoughts_that_the_model_never_sees_again(name, thoughts):
+    thinking = [TALK[0], {"role": "assistant", "content": f"{thoughts}A"}, *TALK[2:]]
+    assert template(name).render(thinking) == template(name).render(TALK)
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "gemma"])

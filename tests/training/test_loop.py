@@ -67,6 +67,22 @@ def test_losses_below_the_threshold_do_not_end_the_run(run):
     assert run(loss_watchdog_threshold=1e3, loss_watchdog_patience=1).steps == 6
 
 
+def test_held_out_losses_that_fall_no_more_end_the_run(run, metrics_of):
+    # At this rate no loss can change: the one before training stays the lowest.
+    still = {"learning_rate": 1e-30, "val_set_size": 6, "eval_steps": 1}
+    result = run(**still, early_stopping_patience=2)
+    records = metrics_of(result.output_dir)
+    assert len({record["eval_loss"] for record in records if "eval_loss" in record}) == 1
+    assert result.steps == 2
+    assert (result.output_dir / "adapter_model.safetensors").is_file()
+    # A run that goes on counts those of before.
+    assert run(**still, early_stopping_patience=3, resume_from_checkpoint=True).steps == 3
+
+
+def test_a_held_out_loss_that_falls_goes_on(run):
+    assert run(val_set_size=6, eval_steps=1, early_stopping_patience=1).steps == 6
+
+
 def test_a_used_output_folder_is_refused_and_left_as_it_was(run):
     folder = run(max_steps=1).output_dir
     before = contents(folder)
