@@ -21,7 +21,10 @@ TARGETS = LORA | {"lora_target_linear": True}
         (MINIMAL | {"pretraining_dataset": [{"path": "x"}]}, "pretraining_dataset: read as dat"),
         (MINIMAL | {"lora_r": 8}, "lora_r: no effect: adapter is not set"),
         (LORA, "lora_target_modules: not set"),
-        (TARGETS | {"unfrozen_parameters": ["^lm_head.*"]}, "unfrozen_parameters: no effect: it ma"),
+        (
+            TARGETS | {"unfrozen_parameters": ["^lm_head.*"]},
+            "unfrozen_parameters: no effect: it ma",
+        ),
         (MINIMAL | {"tokens": {"pad_token": "<p>"}}, "tokens: a mapping is read as special_tokens"),
         (
             MINIMAL | {"tokens": ["<e>"], "special_tokens": {"eos_token": "<e>"}},
