@@ -1,6 +1,7 @@
 """The configuration of a run: every key jaxlora acts on, checked and frozen."""
 
-from jaxlora.config.sections import AdapterKeys, DataKeys, ModelKeys, RunKeys, TrainingKeys
+from jaxlora.config.run_sections import RunKeys, TrainingKeys
+from jaxlora.config.sections import AdapterKeys, DataKeys, ModelKeys
 
 SECTIONS = (ModelKeys, AdapterKeys, DataKeys, TrainingKeys, RunKeys)
 

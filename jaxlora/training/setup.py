@@ -224,6 +224,11 @@ def _mixed(config: Config, data: Prepared) -> NDArray[np.int64] | None:
     return interleave(data.counts, config.mixing_weights or None, config.mixing_stops, seed)
 
 
+def _tells_texts_apart(model: Model) -> bool:
+    """Whether the model is told of a second text, as transformers' tokenizer does or does not."""
+    return model.cfg.token_types > 1 and "token_type_ids" in model.tokenizer.model_input_names
+
+
 def make_plan(config: Config, say: Say = lambda text: None) -> Plan:
     """Opens the model, prepares the data and derives the length of the run.
 
@@ -252,10 +257,7 @@ def make_plan(config: Config, say: Say = lambda text: None) -> Plan:
         "sequential": config.sample_packing_sequentially,
         "vocab_size": model.cfg.vocab_size,
         "masking": masking,
-        # As transformers' tokenizer, which tells the model of them or does not.
-        "token_types": labels is not None
-        and model.cfg.token_types > 1
-        and "token_type_ids" in model.tokenizer.model_input_names,
+        "token_types": labels is not None and _tells_texts_apart(model),
     }
     check_vocabulary(data.train, model.cfg.vocab_size)
     _check_length(config, model.placement.mesh.shape["context"])
