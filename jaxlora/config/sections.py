@@ -1,6 +1,7 @@
 """The top-level keys by subject, with Axolotl's names, defaults and meanings.
 
-Each class is one heading of docs/configuration.md; `jaxlora.config.schema.Config` is their union, with those of `run_sections`.
+Each class is one heading of docs/configuration.md; `jaxlora.config.schema.Config` is their union,
+and that of those in `run_sections`.
 Keys marked (jaxlora) are ours; all others are Axolotl's.
 """
 
