@@ -1,11 +1,14 @@
-"""Where a model or adapter is: a local folder, or a hub id that is downloaded once and cached."""
+"""Where a model or adapter is: a folder, or a hub id or object storage that is copied once."""
 
 import os
 import re
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from jaxlora.core.errors import UserError
+from jaxlora.remote.fetch import fetch
+from jaxlora.remote.location import is_storage
 
 # Everything a model or adapter in Hugging Face's layout needs, and no pickle.
 _WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -18,13 +21,16 @@ def resolve(path_or_id: str | os.PathLike, revision: str | None = None) -> Path:
     """Returns the local folder of a model or adapter, downloading it if it is a hub id.
 
     Args:
-      path_or_id: a folder, a GGUF file (which is returned), else ``owner/name`` on the hub.
+      path_or_id: a folder, a GGUF file (which is returned), an address of object storage, else
+        ``owner/name`` on the hub.
       revision: branch, tag or commit on the hub; ignored for a folder.
 
     Raises:
       UserError: no such folder or repository, no access to it, or no network and not cached.
     """
     text = os.fspath(path_or_id)
+    if is_storage(text):
+        return fetch(text, "model", _is_wanted)
     folder = Path(text).expanduser()
     if text and folder.is_dir():
         return folder
@@ -51,6 +57,12 @@ def resolve_config(path_or_id: str | os.PathLike, revision: str | None = None) -
     if not _HUB_ID.fullmatch(text) or Path(text).expanduser().exists():
         return resolve(path_or_id, revision)
     return _download(text, revision, ["config.json"])
+
+
+def _is_wanted(name: str) -> bool:
+    """Whether a file of a folder on object storage is one that a hub repository would give."""
+    matches = [fnmatchcase(name, pattern) for pattern in _UNWANTED]
+    return not any(matches) and any(fnmatchcase(name, pattern) for pattern in _WANTED)
 
 
 def _download(repository: str, revision: str | None, wanted: Sequence[str] = _WANTED) -> Path:

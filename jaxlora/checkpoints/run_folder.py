@@ -80,8 +80,22 @@ def check(output_dir: str | os.PathLike[str], *, resume: bool) -> Path:
     folder = _absolute(output_dir)
     _refuse_unusable(folder)
     _refuse_contents(folder, resume)
-    _look(folder)
+    refuse_if_locked(folder)
     return folder
+
+
+def refuse_if_locked(folder: Path) -> None:
+    """Makes no file.
+
+    Raises:
+      UserError: a live process has locked the folder.
+    """
+    if fcntl is not None and (folder / LOCK).is_file():
+        handle = os.open(folder / LOCK, os.O_RDONLY)
+        try:
+            _flock(handle, folder, fcntl.LOCK_SH)
+        finally:
+            os.close(handle)
 
 
 def claim(output_dir: str | os.PathLike[str], *, config_text: str, resume: bool) -> RunFolder:
@@ -165,16 +179,6 @@ def _mark(folder: Path, config_sha256: str) -> dict[str, str]:
     os.rename(temporary, folder / MARKER)
     fsync_folder(folder)
     return marker
-
-
-def _look(folder: Path) -> None:
-    """Refuses a folder that a live process has locked; makes no file."""
-    if fcntl is not None and (folder / LOCK).is_file():
-        handle = os.open(folder / LOCK, os.O_RDONLY)
-        try:
-            _flock(handle, folder, fcntl.LOCK_SH)
-        finally:
-            os.close(handle)
 
 
 def _lock(folder: Path) -> int | None:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from jaxlora.core.errors import UserError
+from jaxlora.remote.location import cache_root
 
 _PARTS = "key.json"
 
 
 def default_folder() -> Path:
     """``$JAXLORA_CACHE/datasets``, or ``~/.cache/jaxlora/datasets``."""
-    root = os.environ.get("JAXLORA_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "jaxlora") / "datasets"
+    return cache_root() / "datasets"
 
 
 def key_of(parts: Mapping[str, Any]) -> str:

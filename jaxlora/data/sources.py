@@ -1,4 +1,4 @@
-"""Which files a data set is, and its rows: a local file, a folder, or a hub id."""
+"""Which files a data set is, and its rows: a file or folder here or far, or a hub id."""
 
 import hashlib
 import re
@@ -11,6 +11,8 @@ from jaxlora.core.errors import UserError, did_you_mean
 from jaxlora.data.lines import Row, RowOrFault
 from jaxlora.data.readers import READERS, scan_rows, suffix, without_faults
 from jaxlora.data.spec import DatasetSpec
+from jaxlora.remote.fetch import fetch
+from jaxlora.remote.location import is_address, is_storage
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 _SPLIT = re.compile(r"(?P<name>[\w.-]+)(\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
@@ -52,14 +54,17 @@ def _sliced(spec: DatasetSpec) -> Iterator[RowOrFault]:
 
 
 def is_local(spec: DatasetSpec) -> bool:
-    """Whether `path` names something on this machine (a hub id is ``owner/name``).
+    """Whether `path` names files that `files` finds, not a hub id (``owner/name``).
 
     Raises:
         UserError: the path is a URL, or looks like a local path where nothing is.
     """
-    if "://" in spec.path:
+    if is_storage(spec.path):
+        return True
+    if is_address(spec.path):
         raise UserError(
-            f"datasets: {spec.path} is a URL; download it and give the local path, or a hub id."
+            f"datasets: {spec.path} is a URL; download it and give the local path, a hub id, or an "
+            "address of object storage (gs://, s3://)."
         )
     path = Path(spec.path).expanduser()
     if path.exists():
@@ -74,12 +79,14 @@ def is_local(spec: DatasetSpec) -> bool:
 
 
 def files(spec: DatasetSpec) -> list[Path]:
-    """The files of a local data set, sorted by name.
+    """The files of a data set that is local or on object storage (copied), sorted by name.
 
     Raises:
         UserError: a folder holds no data file of the wanted split, or `data_files` match none.
     """
     root = Path(spec.path).expanduser()
+    if is_storage(spec.path):
+        root = fetch(spec.path, "datasets")
     split = _parse_split(spec)[0]
     if split != "train" and (spec.data_files is not None or not root.is_dir()):
         raise UserError(

@@ -11,12 +11,12 @@ from jaxlora.config.load import dump_config, load_config
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError
 from jaxlora.launch.topology import Topology
+from jaxlora.remote.location import is_storage, package_for
 
 # What may stand in a flag, a directive of sbatch or a manifest without a question of quoting.
 _PLAIN = re.compile(r"[\w./:@%=+,-]+", re.ASCII)
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
-_REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ def check_reachable(job: Job, target: str) -> None:
                 f"{key}: {path} is on this machine, and --on {target} runs elsewhere; give a hub "
                 "id or an address of object storage (gs://, s3://)."
             )
-    if not _REMOTE.match(job.config.output_dir) and (job.spot or target == "gke"):
+    if not is_storage(job.config.output_dir) and (job.spot or target == "gke"):
         raise UserError(
             f"output_dir: {job.config.output_dir} would lie on a machine that vanishes; give an "
             "address of object storage (gs://, s3://)."
@@ -143,6 +143,14 @@ def _paths(config: Config) -> list[tuple[str, str]]:
     for key in ("datasets", "test_datasets", "pretraining_dataset"):
         found += [(f"{key}.{n}.path", entry.path) for n, entry in enumerate(getattr(config, key))]
     return [(key, value) for key, value in found if value]
+
+
+def storage_packages(job: Job) -> list[str]:
+    """Returns the pip packages for the object storage that the run names."""
+    texts = [path for _, path in _paths(job.config)] + [job.config.output_dir]
+    if isinstance(job.config.resume_from_checkpoint, str):
+        texts.append(job.config.resume_from_checkpoint)
+    return sorted({package for text in texts if (package := package_for(text))})
 
 
 def requirement(job: Job) -> str:

@@ -2,7 +2,7 @@
 
 import shlex
 
-from jaxlora.launch.job import Job, requirement
+from jaxlora.launch.job import Job, requirement, storage_packages
 
 PORT = 8476
 """On which process 0 listens for the others."""
@@ -41,11 +41,12 @@ def install_lines(job: Job) -> str:
     Through uv, which brings its own Python: images of Cloud TPU VMs have an older one than jaxlora
     needs.
     """
+    wanted = " ".join(map(quote, (requirement(job), *storage_packages(job))))
     return (
         "python3 -m pip install --quiet --user --break-system-packages uv 2>/dev/null"
         " || python3 -m pip install --quiet --user uv\n"
         "[ -x venv/bin/python ] || python3 -m uv venv --quiet --python 3.12 venv\n"
-        f"python3 -m uv pip install --quiet --python venv/bin/python {quote(requirement(job))}\n"
+        f"python3 -m uv pip install --quiet --python venv/bin/python {wanted}\n"
     )
 
 

@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "jaxlora").rglob("*.py"))
 # Costly or optional: imported inside the function that needs them.
 HEAVY = {
     *("transformers", "datasets", "torch", "peft", "bitsandbytes"),
-    *("matplotlib", "wandb", "tensorboardX", "orbax", "pandas", "sentencepiece", "gguf"),
+    *("matplotlib", "wandb", "tensorboardX", "orbax", "pandas", "sentencepiece", "gguf", "fsspec"),
 }
 FILE_LINES, FUNCTION_LINES = 300, 50
 

@@ -1,0 +1,1 @@
+"""F3, below its neighbours: files on object storage, through fsspec."""
