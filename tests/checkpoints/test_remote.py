@@ -90,8 +90,10 @@ def test_another_machine_continues_from_the_newest_checkpoint(storage, machine):
     assert committed(storage) == {30, 40}
 
 
-def test_what_is_on_the_storage_is_the_run_even_where_one_is_left_here(storage, machine):
-    Run().save(10)
+def test_what_is_on_the_storage_is_the_run_even_where_more_is_left_here(storage, machine, made):
+    run = Run()
+    run.save(10)
+    place(made, run.mirror, 30)  # was saved, and did not go up
     machine("b")
     Run().save(20)
     machine("a")
@@ -127,6 +129,8 @@ def test_wherever_an_upload_is_cut_off_a_whole_checkpoint_is_there(storage, mach
         operations = Operations(type(storage), fails_at=cut)
         with operations, contextlib.suppress(UserError):
             mirror.push()
+        for step in committed(storage):
+            assert_whole_if_sealed(storage, made, step)
         machine(f"after-{cut}")
         after = Mirror(ADDRESS, keep=2)
         after.pull()
@@ -149,6 +153,19 @@ def test_wherever_an_upload_is_cut_off_a_whole_checkpoint_is_there(storage, mach
 
 def place(made: dict[int, Path], mirror: Mirror, step: int) -> None:
     shutil.copytree(made[step], mirror.folder / "checkpoints" / f"checkpoint-{step}")
+
+
+def assert_whole_if_sealed(storage, made: dict[int, Path], step: int) -> None:
+    """Where a whole manifest is, all that it names is: it comes last and goes first."""
+    there = f"/bucket/runs/one/checkpoints/checkpoint-{step}"
+    contents = {
+        path.relative_to(made[step]).as_posix(): path.read_bytes()
+        for path in made[step].rglob("*")
+        if path.is_file()
+    }
+    if storage.cat_file(f"{there}/manifest.json") == contents["manifest.json"]:
+        for name, content in contents.items():
+            assert storage.cat_file(f"{there}/{name}") == content
 
 
 def same_files(one: Path, other: Path) -> bool:
