@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import scale_weights
 from family_cases import CASES
+from pairs import scale_weights
 
 import jaxlora
 from jaxlora.checkpoints.save import saved_tensors

@@ -159,7 +159,7 @@ def trip(request, make_case, tmp_path_factory):
 
 
 def test_new_tokens_of_peft_have_its_logits_here(trip):
-    from conftest import run_decoder
+    from pairs import run_decoder
 
     assert trip.adapter.cfg.vocab_size == NEW
     ours = run_decoder(trip.adapter.cfg, trip.adapter.on(trip.base), TOKENS)

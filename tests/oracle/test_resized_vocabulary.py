@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import run_decoder
 from family_cases import CASES
+from pairs import run_decoder
 
 from jaxlora.checkpoints.fitted import fit, load_base, resized_tables, written_config
 from jaxlora.checkpoints.load import load_params, read_model_config
