@@ -101,6 +101,14 @@ def remat_policy(config: Config) -> str:
     return config.remat or ("full" if config.gradient_checkpointing else "none")
 
 
+def attention_backend(config: Config) -> str:
+    """Returns the implementation of attention that is asked for by name, or ``"auto"``."""
+    name = config.attn_implementation
+    if name == "eager":
+        return "reference"
+    return name if name in ("reference", "chunked", "cudnn", "splash") else "auto"
+
+
 def compute_dtype(config: Config, platform: str) -> str:
     """Returns ``"bfloat16"`` or ``"float32"``; `platform` is JAX's: cpu, gpu or tpu."""
     wanted = platform != "cpu" if config.bf16 == "auto" else config.bf16

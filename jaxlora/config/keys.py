@@ -8,8 +8,8 @@ Mapped: another spelling of a key of ours. `jaxlora.config.roles` applies these 
 from collections.abc import Mapping
 
 _NO_OP = {
-    "jaxlora chooses the attention backend by device": """attn_implementation flash_attention
-        sdp_attention xformers_attention eager_attention flex_attention sage_attention
+    "jaxlora chooses the attention backend by device": """flash_attention
+        sdp_attention xformers_attention flex_attention sage_attention
         flex_attn_compile_kwargs flash_attn_cross_entropy flash_attn_rms_norm flash_attn_fuse_mlp
         flash_attn_fuse_qkv flash_attn_d512 flash_optimum gemma4_hybrid_attn_impl
         large_head_attention sdpa_varlen""",
@@ -179,10 +179,11 @@ MAPPED: Mapping[str, tuple[str, ...]] = {
 }
 """Key: path of our key that means the same."""
 
-IMPLIED: Mapping[str, tuple[str, bool, str]] = {
+IMPLIED: Mapping[str, tuple[str, bool | str, str]] = {
     "fp16": ("bf16", True, "float16 would need its loss scaled"),
     "float16": ("bf16", True, "float16 would need its loss scaled"),
     "float32": ("bf16", False, ""),
+    "eager_attention": ("attn_implementation", "eager", ""),
     "curriculum_sampling": ("shuffle_merged_datasets", False, ""),
 }
 """Flag: our key that it sets when true, the value, and why it is not taken as it is."""

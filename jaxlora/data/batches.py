@@ -62,6 +62,11 @@ class Batches:
         self.steps_per_epoch = math.ceil(len(self.plan) / (rows * accumulation))
         self._order: tuple[int, NDArray[np.int64]] | None = None
 
+    @property
+    def most_segments(self) -> int:
+        """How many examples a row holds at most."""
+        return int(np.diff(self.plan.offsets).max())
+
     def batch(self, step: int) -> dict[str, NDArray]:
         """Batch `step` (from 0, over all epochs).
 

@@ -28,9 +28,9 @@ class Block(nnx.Module):
         self.attention = Attention(cfg) if cfg.mla is None else LatentAttention(cfg)
         self.mlp = MixtureOfExperts(cfg) if shape.experts else Mlp(cfg)
 
-    def __call__(self, x, angles, mask, cache, index):
+    def __call__(self, x, angles, visible, attend, cache, index):
         scale, into = self.cfg.residual_scale, _through(self.attention_in_norm, x)
-        y, cache = self.attention(into, angles, mask, cache, index)
+        y, cache = self.attention(into, angles, visible, attend, cache, index)
         y = _through(self.attention_out_norm, y) * scale
         if self.cfg.parallel_block:
             z = self.mlp(into if self.mlp_in_norm is None else self.mlp_in_norm(x))

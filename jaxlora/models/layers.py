@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxlora.core import axes
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import ParamSpec, declare
 from jaxlora.ops.activations import ACTIVATIONS
-from jaxlora.ops.attention import attention
+from jaxlora.ops.attention import Attend, Visibility
 from jaxlora.ops.matmul import matmul
 from jaxlora.ops.rope import Angles, rotate
 
@@ -104,7 +104,8 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         angles: Angles | None,
-        mask: Bool[Array, "B T S"],
+        visible: Visibility,
+        attend: Attend,
         cache: LayerCache | None,
         index: Int[Array, ""] | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
@@ -115,11 +116,11 @@ class Attention(nnx.Module):
         q, k = checkpoint_name(q, "query"), checkpoint_name(k, "key")
         v = checkpoint_name(v, "value")
         k, v, cache = remember(k, v, cache, index)
-        y = attention(
+        y = attend(
             q,
             k,
             v,
-            mask,
+            visible,
             scale=cfg.attention_scale,
             softcap=cfg.attention_softcap,
             sinks=None if self.sinks is None else self.sinks.get_value(),

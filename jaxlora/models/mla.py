@@ -5,12 +5,12 @@ import dataclasses
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxlora.core import axes
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.layers import LayerCache, Linear, Norm, remember
-from jaxlora.ops.attention import attention
+from jaxlora.ops.attention import Attend, Visibility
 from jaxlora.ops.rope import Angles, rotate
 
 
@@ -49,7 +49,8 @@ class LatentAttention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         angles: Angles,
-        mask: Bool[Array, "B T S"],
+        visible: Visibility,
+        attend: Attend,
         cache: LayerCache | None,
         index: Int[Array, ""] | None,
     ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
@@ -57,7 +58,7 @@ class LatentAttention(nnx.Module):
         k, v = self._keys_and_values(x, angles)
         k, v = checkpoint_name(k, "key"), checkpoint_name(v, "value")
         k, v, cache = remember(k, v, cache, index)
-        y = attention(q, k, v, mask, scale=self.cfg.attention_scale)
+        y = attend(q, k, v, visible, scale=self.cfg.attention_scale)
         y = checkpoint_name(y.reshape(*y.shape[:2], -1), "attention")
         return self.o_proj(y), cache
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from jaxlora.models.config import ModelConfig
-from jaxlora.ops.attention import attention_mask
+from jaxlora.ops.attention import Visibility
 from jaxlora.ops.rope import Angles, RopeScaling, rope_angles
 
 
@@ -123,24 +123,33 @@ def attention_kinds(cfg: ModelConfig) -> tuple[AttentionKind, ...]:
 
 
 class AttentionInputs:
-    """Masks and rotary angles of every kind of attention in a model, for one batch."""
+    """What queries see and rotary angles, of every kind of attention in a model, for one batch.
+
+    Args:
+      cfg: shape of the model.
+      positions, segments: of the queries, see `Transformer`.
+      cached: positions and segments of the keys in a cache; None where they are the queries'.
+    """
 
     def __init__(
         self,
         cfg: ModelConfig,
         positions: Int[Array, "B T"],
         segments: Int[Array, "B T"],
-        key_positions: Int[Array, "B S"],
-        key_segments: Int[Array, "B S"],
+        cached: tuple[Int[Array, "B S"], Int[Array, "B S"]] | None = None,
     ):
         every = attention_kinds(cfg)
         kinds = list(dict.fromkeys(every))
         self._numbers = [kinds.index(kind) for kind in every]
-        self._masks = _by_kind(
-            [kind.window for kind in kinds],
-            lambda window: attention_mask(
-                positions, key_positions, segments, key_segments, window, causal=cfg.causal
-            ),
+        key_positions, key_segments = (positions, segments) if cached is None else cached
+        self._visible = Visibility(
+            positions,
+            key_positions,
+            segments,
+            key_segments,
+            windows=tuple(kind.window for kind in kinds),
+            causal=cfg.causal,
+            in_place=cached is None,
         )
         rotary_dim = cfg.head_dim if cfg.rotary_dim is None else cfg.rotary_dim
         self._angles = _by_kind(
@@ -152,9 +161,10 @@ class AttentionInputs:
         """Returns the kind number of each of `layers`, to be scanned over."""
         return jnp.asarray([self._numbers[layer] for layer in layers], jnp.int32)
 
-    def of(self, number: Int[Array, ""]) -> tuple[Bool[Array, "B T S"], Angles | None]:
-        """Returns mask and angles (None without rotary positions) of a kind."""
-        return _pick(self._masks, number), _pick(self._angles, number)
+    def of(self, number: Int[Array, ""]) -> tuple[Visibility, Angles | None]:
+        """Returns what is seen and the angles (None without rotary positions) of a kind."""
+        visible = dataclasses.replace(self._visible, kind=number)
+        return visible, _pick(self._angles, number)
 
 
 def _angles(positions, rotary_dim: int, rope) -> Angles:

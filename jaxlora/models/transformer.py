@@ -17,6 +17,7 @@ from jaxlora.models.head import HeadTransform, classifier_head, language_head, p
 from jaxlora.models.layers import LayerCache, Linear, Norm
 from jaxlora.models.parameters import ParamSpec, declare
 from jaxlora.models.stacks import AttentionInputs, Stack, make_stacks
+from jaxlora.ops.attention import Attend, reference_attention
 from jaxlora.ops.matmul import embed, unembed
 
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
@@ -76,6 +77,7 @@ class Transformer(nnx.Module):
       dtype: dtype of the activations.
       remat: what the backward pass recomputes, a key of `REMAT_POLICIES`.
       constrain: given an activation and its logical axes, pins its sharding.
+      attend: attention within the tokens given; with a cache it is the reference's.
     """
 
     def __init__(
@@ -85,8 +87,10 @@ class Transformer(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         remat: str = "none",
         constrain: Constrain = lambda x, axes: x,
+        attend: Attend = reference_attention,
     ):
         self.cfg, self.dtype, self.remat, self.constrain = cfg, jnp.dtype(dtype), remat, constrain
+        self.attend = attend
         self.embed = _table(cfg.vocab_size, axes.VOCAB, cfg)
         self.embed_positions = (
             _table(cfg.learned_positions, axes.POSITIONS, cfg) if cfg.learned_positions else None
@@ -122,8 +126,8 @@ class Transformer(nnx.Module):
         x = self._embedded(tokens, positions, types)
         if cache is not None:
             cache = _note_tokens(cache, positions, segments)
-        seen = (positions, segments) if cache is None else (cache.positions, cache.segments)
-        inputs = AttentionInputs(self.cfg, positions, segments, *seen)
+        cached = None if cache is None else (cache.positions, cache.segments)
+        inputs = AttentionInputs(self.cfg, positions, segments, cached)
         caches: dict[str, Any] = {}
         for stack in make_stacks(self.cfg):
             x, stack_caches = self._run(stack, x, inputs, cache)
@@ -150,13 +154,13 @@ class Transformer(nnx.Module):
 
     def _run(self, stack: Stack, x, inputs: AttentionInputs, cache: Cache | None):
         """Scans over a stack: `x` after its layers, and ``{name: cache}`` of each of them."""
-        index = None if cache is None else cache.index
+        index, attend = (None, self.attend) if cache is None else (cache.index, reference_attention)
         split = [nnx.split(getattr(self, name)) for name in stack.names]
 
         def layer(number, x, weights, kind, layer_cache):
             block = nnx.merge(split[number][0], weights)
-            mask, angles = inputs.of(kind)
-            x, layer_cache = block(x, angles, mask, layer_cache, index)
+            visible, angles = inputs.of(kind)
+            x, layer_cache = block(x, angles, visible, attend, layer_cache, index)
             return self.constrain(x, (axes.BATCH, axes.SEQUENCE, None)), layer_cache
 
         if self.remat != "none":

@@ -34,6 +34,7 @@ from jaxlora.models.transformer import Transformer
 from jaxlora.ops.arrays import FOUR_BIT
 from jaxlora.parallel.mesh import batch_shards
 from jaxlora.parallel.rules import Placement
+from jaxlora.training.attention import attention_of
 from jaxlora.training.labels import check_adapter, declared_names, labels_of_run, wanted_labels
 from jaxlora.training.shape import adapter_options, shape_of_run
 from jaxlora.training.vocabulary import (
@@ -59,7 +60,7 @@ class Model:
       parts: leaves that train with all their numbers, whole or in part.
       lora: the adapter's options, None in full fine-tuning.
       start: the adapter to start from (`lora_model_dir`), None for a fresh one.
-      notes: what the user should know of its tokens.
+      notes: what the user should know of its tokens and its attention.
       label_names: what the labels of a classifier are called, if anything but the data says.
     """
 
@@ -145,7 +146,7 @@ def open_model(config: Config) -> Model:
         start,
         shape.transformer,
         shape.placement,
-        token_notes(cfg, specs, tokens, parts),
+        (*token_notes(cfg, specs, tokens, parts), *shape.notes),
         declared_names(config, stored, raw, start),
     )
 
@@ -280,5 +281,11 @@ def make_plan(config: Config, say: Say = lambda text: None) -> Plan:
             shuffle=False,
             **shared,
         )
+    # How rows are packed decides how a kernel can keep their examples apart.
+    most = max(each.most_segments for each in (batches, eval_batches) if each is not None)
+    transformer = model.transformer
+    transformer.attend, _ = attention_of(
+        config, model.cfg, transformer.dtype, model.placement, most
+    )
     total = derived.total_steps(config, batches.steps_per_epoch)
     return Plan(config, model, data, batches, eval_batches, total, labels)

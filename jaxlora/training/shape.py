@@ -18,6 +18,7 @@ from jaxlora.models.task import task_of
 from jaxlora.models.transformer import Transformer
 from jaxlora.parallel.mesh import make_mesh
 from jaxlora.parallel.rules import Placement
+from jaxlora.training.attention import attention_of
 from jaxlora.training.leaves import trained_leaves
 
 
@@ -31,6 +32,7 @@ class Shape:
       parts: leaves that train with all their numbers, whole or in part.
       transformer: unbound.
       placement: where its arrays live.
+      notes: what the user should know of its attention.
     """
 
     cfg: ModelConfig
@@ -39,6 +41,7 @@ class Shape:
     parts: Parts
     transformer: Transformer
     placement: Placement
+    notes: tuple[str, ...] = ()
 
 
 def adapter_options(
@@ -84,10 +87,13 @@ def shape_of_run(
     devices = jax.devices() if devices is None else list(devices)
     targets, parts = trained_leaves(config, cfg, lora, start, fresh)
     placement = Placement(make_mesh(settings.mesh_sizes(config), devices))
+    dtype = derived.compute_dtype(config, platform or devices[0].platform)
+    attend, notes = attention_of(config, cfg, dtype, placement)
     transformer = Transformer(
         cfg,
-        dtype=derived.compute_dtype(config, platform or devices[0].platform),
+        dtype=dtype,
         remat=derived.remat_policy(config),
         constrain=placement.constrain,
+        attend=attend,
     )
-    return Shape(cfg, describe(cfg), targets, parts, transformer, placement)
+    return Shape(cfg, describe(cfg), targets, parts, transformer, placement, notes)

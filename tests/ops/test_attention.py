@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlora.ops.attention import attention, attention_mask
+from jaxlora.ops.attention import Visibility, masked_attention
 
 
 def naive(q, k, v, mask):
@@ -15,6 +15,10 @@ def naive(q, k, v, mask):
         weights = np.where(mask[b, t], np.exp(scores - scores[mask[b, t]].max()), 0)
         out[b, t, n] = weights @ v[b, :, n // group] / weights.sum()
     return out
+
+
+def mask_of(positions, segments, window):
+    return Visibility(positions, positions, segments, segments, windows=(window,)).mask()
 
 
 def normal(*shape, seed=0):
@@ -29,8 +33,8 @@ def test_attention_equals_a_loop_over_queries(heads, kv_heads, window):
     )
     positions = jnp.array([[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6]])
     segments = jnp.array([[1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 1, 1, 1]])
-    mask = attention_mask(positions, positions, segments, segments, window)
-    y = attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), mask)
+    mask = mask_of(positions, segments, window)
+    y = masked_attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), mask)
     # float32 against float64.
     np.testing.assert_allclose(y, naive(q, k, v, np.asarray(mask)), atol=2e-6)
 
@@ -38,7 +42,7 @@ def test_attention_equals_a_loop_over_queries(heads, kv_heads, window):
 def test_mask_is_causal_within_a_segment_and_a_window():
     positions = jnp.array([[0, 1, 2, 0, 1, 0]])
     segments = jnp.array([[1, 1, 1, 2, 2, 0]])
-    seen = attention_mask(positions, positions, segments, segments, 2)[0].astype(int)
+    seen = mask_of(positions, segments, 2)[0].astype(int)
     np.testing.assert_array_equal(
         seen,
         [
@@ -55,14 +59,14 @@ def test_mask_is_causal_within_a_segment_and_a_window():
 def test_window_counts_the_query_itself():
     positions, segments = jnp.arange(9)[None], jnp.ones((1, 9), int)
     for window in (1, 4, 9):
-        mask = attention_mask(positions, positions, segments, segments, window)
+        mask = mask_of(positions, segments, window)
         assert mask.sum(axis=-1).max() == window
 
 
 def test_a_query_that_sees_nothing_stays_finite():
     q = jnp.ones((1, 2, 2, 4))
     mask = jnp.zeros((1, 2, 2), bool)
-    value, gradient = jax.value_and_grad(lambda q: attention(q, q, q, mask).sum())(q)
+    value, gradient = jax.value_and_grad(lambda q: masked_attention(q, q, q, mask).sum())(q)
     assert np.isfinite(value)
     assert np.isfinite(gradient).all()
 
@@ -72,7 +76,7 @@ def test_bfloat16_scores_are_summed_in_float32():
     q = jnp.ones((1, 1, 1, 2), jnp.bfloat16)
     k = jnp.array([[256.0, 0.8984375], [256.0, 0.0]], jnp.bfloat16).reshape(1, 2, 1, 2)
     v = jnp.array([[1.0, 1.0], [0.0, 0.0]], jnp.bfloat16).reshape(1, 2, 1, 2)
-    y = attention(q, k, v, jnp.ones((1, 1, 2), bool))
+    y = masked_attention(q, k, v, jnp.ones((1, 1, 2), bool))
     assert y.dtype == jnp.bfloat16
     # 0.654; one rounding of the weight to bfloat16.
     expected = 1 / (1 + np.exp(-0.8984375 / np.sqrt(2)))

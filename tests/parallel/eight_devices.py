@@ -24,8 +24,10 @@ from jaxlora.lora import LoraConfig, match
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import describe, init_params
 from jaxlora.models.transformer import Transformer
+from jaxlora.ops.attention import reference_attention
 from jaxlora.ops.quantize import pack, quantize
 from jaxlora.optim.optimizers import make_optimizer
+from jaxlora.parallel.attention import on_each_device
 from jaxlora.parallel.mesh import make_mesh
 from jaxlora.parallel.rules import Placement
 from jaxlora.training.state import init_optimizer
@@ -103,7 +105,14 @@ def setup(method, placement):
     every = jax.tree.map(lambda leaf: True, trainable)
     optimizer = make_optimizer("adamw", lambda step: 1e-2, decayed=every, matrices=every)
     opt_state = init_optimizer(optimizer, trainable, placement)
-    transformer = Transformer(CFG, remat="full", constrain=placement.constrain)
+    # Both ways to split attention: by the compiler, and by hand as a kernel needs it.
+    attend = on_each_device(reference_attention, placement) if method in ("int4", "full") else None
+    transformer = Transformer(
+        CFG,
+        remat="full",
+        constrain=placement.constrain,
+        attend=attend or reference_attention,
+    )
     like = (trainable, opt_state)
     step = make_train_step(transformer, targets, optimizer, jax.random.key(5), like)
     return step, trainable, opt_state, frozen
