@@ -10,6 +10,7 @@ from jaxlora.config.datasets import (
 from jaxlora.config.values import (
     Count,
     Flag,
+    Implementation,
     Natural,
     NotNegative,
     Number,
@@ -75,6 +76,9 @@ class TrainingKeys(Section):
     """Recomputes activations in the backward pass to save memory."""
     remat: Literal["none", "full", "attention", "matmuls"] | None = None
     """(jaxlora) What is recomputed; null: as `gradient_checkpointing`."""
+    attn_implementation: Implementation = "auto"
+    """Attention: reference (all scores at once, also eager), chunked, cudnn (NVIDIA GPUs) or splash
+    (TPUs); auto and Axolotl's other names: the fastest that device and model allow."""
     mesh: MeshConfig = Field(default_factory=MeshConfig)
     """(jaxlora) Devices on each axis."""
     seed: Natural = 42

@@ -35,6 +35,10 @@ Positive = Annotated[Number, Field(gt=0, le=1_000_000_000)]
 NotNegative = Annotated[Number, Field(ge=0, le=1_000_000_000)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 OpenShare = Annotated[Number, Field(ge=0, lt=1)]
+Implementation = Literal[
+    "auto", "reference", "chunked", "cudnn", "splash", "eager", "sdpa", "flash_attention_2",
+    "flash_attention_3", "flex_attention", "xformers", "sage", "fp8",
+]  # fmt: skip
 Strategy = Annotated[Literal["steps", "epoch", "no"], BeforeValidator(_strategy)]
 Whole = Annotated[int, Field(strict=True)]
 Count = Annotated[Whole, Field(ge=1, le=100_000_000)]

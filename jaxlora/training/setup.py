@@ -230,6 +230,13 @@ def _tells_texts_apart(model: Model) -> bool:
     return model.cfg.token_types > 1 and "token_type_ids" in model.tokenizer.model_input_names
 
 
+def _attend_to_rows(config: Config, model: Model, *batches: Batches | None) -> None:
+    """How rows are packed decides how an attention kernel can keep their examples apart."""
+    most = max(each.most_segments for each in batches if each is not None)
+    dtype = model.transformer.dtype
+    model.transformer.attend, _ = attention_of(config, model.cfg, dtype, model.placement, most)
+
+
 def make_plan(config: Config, say: Say = lambda text: None) -> Plan:
     """Opens the model, prepares the data and derives the length of the run.
 
@@ -281,11 +288,6 @@ def make_plan(config: Config, say: Say = lambda text: None) -> Plan:
             shuffle=False,
             **shared,
         )
-    # How rows are packed decides how a kernel can keep their examples apart.
-    most = max(each.most_segments for each in (batches, eval_batches) if each is not None)
-    transformer = model.transformer
-    transformer.attend, _ = attention_of(
-        config, model.cfg, transformer.dtype, model.placement, most
-    )
+    _attend_to_rows(config, model, batches, eval_batches)
     total = derived.total_steps(config, batches.steps_per_epoch)
     return Plan(config, model, data, batches, eval_batches, total, labels)
