@@ -246,7 +246,8 @@ def optimizer_shapes(
     # one key deeper and have their parameter's shape.
     def sharding(path, moment):
         for start in range(len(path)):
-            leaf = leaves.get(path[start:]) or leaves.get(path[start:-1])
+            # Not `or`: an array has no truth value.
+            leaf = leaves.get(path[start:], leaves.get(path[start:-1]))
             if leaf is not None and leaf.shape == moment.shape:
                 return leaf.sharding
         return whole
