@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.checkpoints import manifest as manifests
+from jaxlora.checkpoints.alone import alone
 from jaxlora.checkpoints.background import Background
 from jaxlora.checkpoints.manifest import DamagedCheckpoint, Manifest
 from jaxlora.core.errors import UserError
@@ -264,7 +265,7 @@ def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     # Trained float32 hardly compresses: 10 % smaller files for twice the time (100 MB measured).
     context.array.saving.use_compression = False
     context.memory.deepcopy_host_arrays = False  # `_to_host` has made our copy
-    with context:
+    with alone(context):
         ocp.save(str(path), stored)
 
 
@@ -279,7 +280,8 @@ def _load(path: Path, target: dict[str, Any]) -> dict[str, Any]:
             abstract[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
         else:  # tells orbax "numpy" and takes no memory
             abstract[name] = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
-    loaded = dict(ocp.load(str(path), abstract)) if abstract else {}
+    with alone(ocp.Context()):
+        loaded = dict(ocp.load(str(path), abstract)) if abstract else {}
     restored: dict[str, Any] = {}
     for name, leaf in target.items():
         array = loaded[name] if name in loaded else np.zeros(leaf.shape, leaf.dtype)

@@ -1,6 +1,5 @@
 """Where arrays live: parameters, adapters and batches on the devices of a mesh."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from jaxlora.core import axes
 from jaxlora.ops import integer
 from jaxlora.ops.arrays import CODED, DoubleQuantized, QuantizedArray
 from jaxlora.ops.layout import partition, ways
+from jaxlora.parallel.arrays import place
 
 
 def undivided(mesh: Mesh, logical: Sequence[str], shape: Sequence[int]) -> list[str]:
@@ -34,7 +34,7 @@ class Placement:
 
     def __init__(self, mesh: Mesh, put: Callable[[Any, NamedSharding], Any] | None = None):
         self.mesh = mesh
-        self._to = put or functools.partial(jax.device_put, may_alias=True)
+        self._to = put or place
 
     def sharding(self, logical: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
         """Returns the sharding of an array with these logical axes."""

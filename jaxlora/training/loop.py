@@ -11,15 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora.checkpoints import run_folder
-from jaxlora.checkpoints.space import check_space
 from jaxlora.checkpoints.store import CheckpointStore
 from jaxlora.config import derived
-from jaxlora.config.load import dump_config
 from jaxlora.config.notes import notes
 from jaxlora.config.schema import Config
+from jaxlora.parallel import processes
 from jaxlora.parallel.stopping import shared_stop
-from jaxlora.training import resume
+from jaxlora.training import agreement, resume, shared_folder
 from jaxlora.training.describe import (
     describe_data,
     describe_result,
@@ -28,22 +26,15 @@ from jaxlora.training.describe import (
     describe_weights,
 )
 from jaxlora.training.evaluation import Evaluator
-from jaxlora.training.export import export_weights
 from jaxlora.training.interrupt import Interrupts
-from jaxlora.training.metrics import (
-    METRICS_FILE,
-    Sink,
-    open_sinks,
-    read_lines,
-    record_at,
-    write_all,
-)
+from jaxlora.training.metrics import Sink, record_at, write_all
 from jaxlora.training.nonfinite import NonFiniteError, is_finite, skip_or_stop
 from jaxlora.training.phases import Phases
 from jaxlora.training.progress import Display
-from jaxlora.training.results import TrainResult, write_report
+from jaxlora.training.results import TrainResult
 from jaxlora.training.saving import Saver
 from jaxlora.training.setup import Plan, make_plan
+from jaxlora.training.shared_store import open_store
 from jaxlora.training.stall import StallGuard
 from jaxlora.training.state import (
     TrainState,
@@ -51,7 +42,6 @@ from jaxlora.training.state import (
     load_weights,
     make_tx,
     needed_bytes,
-    saved,
     split_pairs,
 )
 from jaxlora.training.step import make_eval_step, make_train_step
@@ -77,23 +67,24 @@ def train(config: Config, *, quiet: bool = False) -> TrainResult:
         interrupts.agree = shared_stop()
         precision = derived.matmul_precision(config)
         stack.enter_context(jax.default_matmul_precision(precision or "default"))
+        agreement.check_start(config)
+        quiet = quiet or not processes.is_first()
         display = Display(1, quiet=quiet)
         for note in notes(config):
             display.say(f"note: {note}")
         origin = resume.find_origin(config)
-        wanted = run_folder.check(config.output_dir, resume=origin.continues)
-        plan = make_plan(config, display.say)
+        shared_folder.check(config, continues=origin.continues)
+        with processes.together("plan"):
+            plan = make_plan(config, display.say)
+        agreement.check_plan(plan)
         display.say(describe_data(plan))
-        trainable, frozen = load_weights(config, plan.model)
+        with processes.together("weights"):
+            trainable, frozen = load_weights(config, plan.model)
         display.say(describe_weights(plan, trainable, frozen))
         run = Run(plan, trainable, frozen, origin, phases, interrupts)
-        check_space(wanted, needed_bytes(config, run.state, plan.total_steps, run.save_every))
-        folder = stack.enter_context(
-            run_folder.claim(
-                config.output_dir, config_text=dump_config(config), resume=origin.continues
-            )
-        )
-        return run.execute(folder.path, stack, quiet)
+        needed = needed_bytes(config, run.state, plan.total_steps, run.save_every)
+        folder = shared_folder.claim(config, stack, continues=origin.continues, needed_bytes=needed)
+        return run.execute(folder, stack, quiet)
 
 
 class Run:
@@ -143,16 +134,14 @@ class Run:
     def execute(self, folder: Path, stack: contextlib.ExitStack, quiet: bool) -> TrainResult:
         """Restores, trains, evaluates, saves and exports."""
         plan, config = self.plan, self.plan.config
-        store = CheckpointStore(folder / resume.CHECKPOINTS, keep=config.save_total_limit)
+        store = open_store(folder / resume.CHECKPOINTS, keep=config.save_total_limit)
         stack.enter_context(store)
         if self.origin.store is not None:
             self.state = resume.restore(self.origin, plan, self.state, store)
         own = self.state.step if self.origin.store is not None and self.origin.continues else None
         saver = Saver(plan, store, self.phases, self.interrupts, own)
         # Not before: a continuation that is refused leaves the folder as it was.
-        (folder / "config.yml").write_text(dump_config(config))
-        records = [r for r in read_lines(folder / METRICS_FILE) if r["step"] <= self.state.step]
-        sinks = open_sinks(config, folder, after=self.state.step)
+        records, sinks = shared_folder.open_metrics(config, folder, after=self.state.step)
         stack.callback(lambda: [sink.close() for sink in sinks])
         display = stack.enter_context(Display(plan.total_steps, first=self.state.step, quiet=quiet))
         self.phases.begin("other")
@@ -179,10 +168,8 @@ class Run:
             with self.phases("eval"):
                 after = evaluator.everything(self.state, "after training")
             with self.phases("export"):
-                names = plan.labels and plan.labels.names
-                export_weights(config, plan.model, saved(self.state), folder, names)
                 result = self._result(folder, display, before, after)
-                write_report(plan, result)
+                shared_folder.write_results(plan, self.state, result)
             with self.phases("save"):
                 store.wait()
         except (KeyboardInterrupt, NonFiniteError):
@@ -257,7 +244,7 @@ class Run:
                 state.opt_state,
                 state.frozen,
                 plan.model.placement.batch(batch),
-                jnp.int32(state.step),
+                np.int32(state.step),
             )
             # In one go: who saves finds the state before the step, or the one after it.
             self.state = dataclasses.replace(

@@ -10,8 +10,10 @@ from jaxlora.config import derived
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError
 from jaxlora.lora import LoraConfig, changes_base
+from jaxlora.parallel import processes
 from jaxlora.training.nonfinite import Skipped
 from jaxlora.training.setup import Plan
+from jaxlora.training.shared_store import open_store
 from jaxlora.training.state import TrainState, saved
 
 CHECKPOINTS = "checkpoints"
@@ -38,6 +40,15 @@ def find_origin(config: Config) -> Origin:
     Raises:
       UserError: a checkpoint path that does not exist.
     """
+    found = processes.on_first("origin", lambda: _as_json(_origin(config)))
+    return Origin(found[0], found[1] and Path(found[1]), found[2])
+
+
+def _as_json(origin: Origin) -> list[Any]:
+    return [origin.continues, origin.store and str(origin.store), origin.step]
+
+
+def _origin(config: Config) -> Origin:
     own = Path(config.output_dir).expanduser().absolute() / CHECKPOINTS
     wanted = config.resume_from_checkpoint
     if isinstance(wanted, str):
@@ -70,7 +81,6 @@ def identity(plan: Plan) -> dict[str, Any]:
         if config.dataset_mixing_strategy == "concatenate"
         else [config.mixing_stops, *config.mixing_weights],
         "rows_per_step": batches.rows * batches.accumulation,
-        "gradient_accumulation": batches.accumulation,
         "total_steps": plan.total_steps,
         "optimizer": derived.optimizer(config),
         "learning_rate": config.learning_rate,
@@ -125,7 +135,7 @@ def restore(origin: Origin, plan: Plan, state: TrainState, store: CheckpointStor
       UserError: no good checkpoint, or one of a run with other settings, named.
     """
     assert origin.store is not None
-    source = store if origin.store == store.folder else CheckpointStore(origin.store)
+    source = store if origin.store == store.folder else open_store(origin.store)
     restored, meta = source.restore(origin.step, saved(state))
     was, now = meta["identity"], identity(plan)
     for name in now:

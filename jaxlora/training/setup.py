@@ -32,6 +32,7 @@ from jaxlora.models.parameters import ParamSpec
 from jaxlora.models.task import task_of
 from jaxlora.models.transformer import Transformer
 from jaxlora.ops.arrays import FOUR_BIT
+from jaxlora.parallel import processes
 from jaxlora.parallel.mesh import batch_shards
 from jaxlora.parallel.rules import Placement
 from jaxlora.training.attention import attention_of
@@ -250,12 +251,15 @@ def make_plan(config: Config, say: Say = lambda text: None) -> Plan:
     labels = labels_of_run(config, model.cfg.num_labels, model.label_names)
     replicas = batch_shards(model.placement.mesh)
     options = settings.data_options(config, labels, replicas=replicas)
-    data = prepare(
-        settings.train_specs(config),
-        settings.held_out_specs(config),
-        options,
-        model.tokenizer,
-        progress=lambda rows, tokens: say(f"tokenized {rows:,} rows, {tokens:,} tokens"),
+    data = processes.first_then_others(
+        "data",
+        lambda: prepare(
+            settings.train_specs(config),
+            settings.held_out_specs(config),
+            options,
+            model.tokenizer,
+            progress=lambda rows, tokens: say(f"tokenized {rows:,} rows, {tokens:,} tokens"),
+        ),
     )
     shared: dict[str, Any] = {
         "sequence_len": config.sequence_len,

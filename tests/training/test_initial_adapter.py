@@ -49,9 +49,9 @@ def trained_logits(monkeypatch):
         seen.update(state=state, model=model)
         return write(config, model, state, *rest)
 
-    load, write = loop.load_weights, loop.export_weights
+    load, write = loop.load_weights, shared_folder.export_weights
     monkeypatch.setattr(loop, "load_weights", load_weights)
-    monkeypatch.setattr(loop, "export_weights", exported)
+    monkeypatch.setattr(shared_folder, "export_weights", exported)
 
     def logits():
         model = seen["model"]
