@@ -18,7 +18,7 @@ from jaxlora.generation.model import load
 from jaxlora.generation.probe import probe_logits
 from jaxlora.models.parameters import describe
 from jaxlora.ops.arrays import QuantizedArray
-from jaxlora.training import loop
+from jaxlora.training import loop, shared_folder
 from jaxlora.training.export import export
 from jaxlora.training.state import quant_spec
 from jaxlora.training.step import weights

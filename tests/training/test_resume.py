@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from jaxlora.config.load import load_config
 from jaxlora.core.errors import UserError
-from jaxlora.training import loop
+from jaxlora.training import loop, shared_folder
 
 FULL = {"adapter": None, "lora_r": None, "lora_alpha": None, "lora_target_linear": None}
 METHODS = {
@@ -44,8 +44,8 @@ def final_state(monkeypatch):
         last[:] = [jax.tree.map(np.array, tree)]
         return tree
 
-    save = loop.saved
-    monkeypatch.setattr(loop, "saved", saved)
+    save = shared_folder.saved
+    monkeypatch.setattr(shared_folder, "saved", saved)
     return lambda: last[0]
 
 

@@ -1,0 +1,90 @@
+"""A run of several processes is the run of one: losses, adapter, checkpoints; only one writes."""
+
+import json
+import shutil
+
+import loopback
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+PROGRAM = """
+import json, sys
+from jaxlora.cli import main
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+RUN = {"batch_size": 4, "max_steps": 3, "save_steps": 2, "save_strategy": "steps"}
+HELD_OUT = {"val_set_size": 0.2, "eval_steps": 2}
+# Losses near 6 in float32; sums of rows are added in another order.
+TOLERANCE = 2e-5
+
+
+def start(folder, keys, count, devices=1, **options):
+    """Runs `jaxlora train` in `count` processes of so many devices."""
+    folder.mkdir(exist_ok=True)
+    file = folder / "run.yml"
+    file.write_text(json.dumps(keys))
+    where = ["--coordinator", "{coordinator}", "--num-processes", str(count), "--process-id"]
+    commands = [["-c", PROGRAM, str(file), *where, str(i)] for i in range(count)]
+    return loopback.run(commands, devices=[devices] * count, **options)
+
+
+def losses_of(records):
+    return [record["loss"] for record in records if "loss" in record]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled"))}
+
+
+def check(tmp_path, name, metrics_of, done):
+    assert [each.returncode for each in done] == [0] * len(done), done[0].stderr[-2000:]
+    assert "adapter, loss curve and model card" in done[0].stdout
+    said = [line for each in done[1:] for line in each.stdout.splitlines()]
+    assert all(line.startswith("[Gloo]") for line in said), "only process 0 prints"
+    ours, theirs = metrics_of(tmp_path / "one"), metrics_of(tmp_path / name)
+    np.testing.assert_allclose(losses_of(theirs), losses_of(ours), rtol=0, atol=TOLERANCE)
+    held_out = [[r["eval_loss"] for r in records if "eval_loss" in r] for records in (ours, theirs)]
+    np.testing.assert_allclose(*held_out, rtol=0, atol=TOLERANCE)
+    steps = sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir())
+    assert steps == ["checkpoint-2", "checkpoint-3"]
+    adapters = [load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", name)]
+    assert adapters[0].keys() == adapters[1].keys()
+    for key, values in adapters[0].items():
+        assert np.ptp(values) > 0, "nothing was trained"
+        np.testing.assert_allclose(values, adapters[1][key], atol=2e-4, err_msg=key)
+
+
+def test_two_processes_are_one(run, keys, metrics_of, tmp_path, cache):
+    run("one", **RUN)
+    theirs = {**keys, **RUN, "micro_batch_size": 2, "output_dir": str(tmp_path / "two")}
+    done = start(tmp_path / "two-run", theirs, 2, env=cache)
+    check(tmp_path, "two", metrics_of, done)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    ("count", "devices", "changes"),
+    [
+        (4, 1, {"adapter": "qlora", "quantization": "nf4"}),
+        (2, 2, {"mesh": {"tensor": 2, "data": 2}}),
+        (2, 2, {"mesh": {"fsdp": 2, "context": 2}}),
+        (2, 1, {"adapter": None, "learning_rate": 1e-3}),
+        (4, 2, {"peft_use_dora": True, "mesh": {"fsdp": 4, "tensor": 2}}),
+    ],
+)
+def test_more_processes_and_devices_are_one(
+    run, keys, metrics_of, tmp_path, cache, count, devices, changes
+):
+    keys = {**keys, **RUN, **HELD_OUT, **changes}
+    alone = {key: value for key, value in changes.items() if key != "mesh"}
+    run("one", **RUN, **HELD_OUT, **alone)
+    rows = {"micro_batch_size": 1, "output_dir": str(tmp_path / "many")}
+    done = start(tmp_path / "many-run", {**keys, **rows}, count, devices, env=cache)
+    if keys["adapter"] is not None:
+        check(tmp_path, "many", metrics_of, done)
+    else:
+        losses = [losses_of(metrics_of(tmp_path / name)) for name in ("one", "many")]
+        np.testing.assert_allclose(*losses, rtol=0, atol=TOLERANCE)
+    shutil.rmtree(tmp_path / "many")
