@@ -288,9 +288,8 @@ def _load(path: Path, target: dict[str, Any]) -> dict[str, Any]:
         if _placed(leaf):
             restored[name] = array if name in loaded else jax.device_put(array, leaf.sharding)
         else:
-            restored[name] = (
-                array if isinstance(leaf, np.ndarray | np.generic) else jnp.asarray(array)
-            )
+            host = isinstance(leaf, np.ndarray | np.generic)
+            restored[name] = array if host else jnp.asarray(array)
     return restored
 
 

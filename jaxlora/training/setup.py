@@ -22,7 +22,7 @@ from jaxlora.data.batches import Batches
 from jaxlora.data.masking import Masking
 from jaxlora.data.mixing import interleave
 from jaxlora.data.prepare import Prepared, prepare
-from jaxlora.data.spec import Labels
+from jaxlora.data.spec import DataOptions, Labels
 from jaxlora.data.table import check_vocabulary
 from jaxlora.data.tokenizer import pad_id
 from jaxlora.lora import LoraConfig, Target, changes_base
@@ -238,6 +238,20 @@ def _attend_to_rows(config: Config, model: Model, *batches: Batches | None) -> N
     model.transformer.attend, _ = attention_of(config, model.cfg, dtype, model.placement, most)
 
 
+def _prepared(config: Config, options: DataOptions, tokenizer: Any, say: Say) -> Prepared:
+    """The data of a run, tokenized by one of its processes."""
+    return processes.first_then_others(
+        "data",
+        lambda: prepare(
+            settings.train_specs(config),
+            settings.held_out_specs(config),
+            options,
+            tokenizer,
+            progress=lambda rows, tokens: say(f"tokenized {rows:,} rows, {tokens:,} tokens"),
+        ),
+    )
+
+
 def make_plan(config: Config, say: Say = lambda text: None) -> Plan:
     """Opens the model, prepares the data and derives the length of the run.
 
@@ -251,16 +265,7 @@ def make_plan(config: Config, say: Say = lambda text: None) -> Plan:
     labels = labels_of_run(config, model.cfg.num_labels, model.label_names)
     replicas = batch_shards(model.placement.mesh)
     options = settings.data_options(config, labels, replicas=replicas)
-    data = processes.first_then_others(
-        "data",
-        lambda: prepare(
-            settings.train_specs(config),
-            settings.held_out_specs(config),
-            options,
-            model.tokenizer,
-            progress=lambda rows, tokens: say(f"tokenized {rows:,} rows, {tokens:,} tokens"),
-        ),
-    )
+    data = _prepared(config, options, model.tokenizer, say)
     shared: dict[str, Any] = {
         "sequence_len": config.sequence_len,
         "seed": config.seed,
