@@ -208,16 +208,6 @@ def _objective(config: Config, model: Model) -> Masking | None:
     return Masking.of(model.tokenizer, probability=config.mlm_probability, seed=config.seed)
 
 
-def _check_length(config: Config, context: int) -> None:
-    """Refuses rows whose tokens cannot be shared out evenly."""
-    if config.sequence_len % context:
-        rounded = -(-config.sequence_len // context) * context
-        raise UserError(
-            f"sequence_len: {config.sequence_len} does not divide by the {context} devices of "
-            f"mesh.context; use {rounded}."
-        )
-
-
 def _mixed(config: Config, data: Prepared) -> NDArray[np.int64] | None:
     """The examples of an epoch, None for each of them once."""
     if config.dataset_mixing_strategy == "concatenate":
@@ -277,7 +267,6 @@ def make_plan(config: Config, say: Say = lambda text: None) -> Plan:
         "token_types": labels is not None and _tells_texts_apart(model),
     }
     check_vocabulary(data.train, model.cfg.vocab_size)
-    _check_length(config, model.placement.mesh.shape["context"])
     batches = Batches(
         data.train,
         rows=config.micro_batch_size * replicas,

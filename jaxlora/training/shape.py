@@ -10,6 +10,7 @@ from jaxlora.checkpoints.adapter import LoadedAdapter
 from jaxlora.checkpoints.label_head import with_head
 from jaxlora.config import derived, settings
 from jaxlora.config.schema import Config
+from jaxlora.core.errors import UserError
 from jaxlora.lora import LoraConfig, Target
 from jaxlora.lora.parts import Parts
 from jaxlora.models.config import ModelConfig
@@ -82,11 +83,12 @@ def shape_of_run(
       platform: JAX's word for what they are, ``cpu``, ``gpu`` or ``tpu``; default: they say it.
 
     Raises:
-      UserError: rules that match nothing, a mesh that does not fit the devices.
+      UserError: rules that match nothing, a mesh that does not fit the devices or the tokens of a row.
     """
     devices = jax.devices() if devices is None else list(devices)
     targets, parts = trained_leaves(config, cfg, lora, start, fresh)
     placement = Placement(make_mesh(settings.mesh_sizes(config), devices))
+    _check_length(config, placement.mesh.shape["context"])
     dtype = derived.compute_dtype(config, platform or devices[0].platform)
     attend, notes = attention_of(config, cfg, dtype, placement)
     transformer = Transformer(
@@ -97,3 +99,13 @@ def shape_of_run(
         attend=attend,
     )
     return Shape(cfg, describe(cfg), targets, parts, transformer, placement, notes)
+
+
+def _check_length(config: Config, context: int) -> None:
+    """Refuses rows whose tokens cannot be shared out evenly."""
+    if config.sequence_len % context:
+        rounded = -(-config.sequence_len // context) * context
+        raise UserError(
+            f"sequence_len: {config.sequence_len} does not divide by the {context} devices of "
+            f"mesh.context; use {rounded}."
+        )
