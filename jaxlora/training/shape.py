@@ -83,7 +83,7 @@ def shape_of_run(
       platform: JAX's word for what they are, ``cpu``, ``gpu`` or ``tpu``; default: they say it.
 
     Raises:
-      UserError: rules that match nothing, a mesh that does not fit the devices or the tokens of a row.
+      UserError: rules that match nothing, a mesh that does not fit the devices or `sequence_len`.
     """
     devices = jax.devices() if devices is None else list(devices)
     targets, parts = trained_leaves(config, cfg, lora, start, fresh)
