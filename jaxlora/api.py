@@ -20,6 +20,7 @@ from jaxlora.generation.scoring import Score
 from jaxlora.inspection import inspect
 from jaxlora.merging import MergeDifferences, merge, merge_differences
 from jaxlora.parallel.mesh import batch_shards, make_mesh
+from jaxlora.planning.out_of_memory import explained
 from jaxlora.training.evaluation import Evaluation
 from jaxlora.training.evaluation import evaluate as _evaluate
 from jaxlora.training.export import export
@@ -70,7 +71,9 @@ def train(source: Source, *overrides: str, quiet: bool = False) -> TrainResult:
     >>> result.output_dir  # doctest: +SKIP
     PosixPath('outputs/quickstart')
     """
-    return _train(_config(source, overrides), quiet=quiet)
+    config = _config(source, overrides)
+    with explained(config):
+        return _train(config, quiet=quiet)
 
 
 def evaluate(
