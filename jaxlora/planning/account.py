@@ -23,6 +23,9 @@ def account(
       topology: what they are.
       compiles: whether there is a compiler for them; else the estimate is a formula's.
     """
+    if compiles and not topology.local and topology.hardware.platform == "gpu":
+        # cuDNN can only be compiled where the GPU is; chunks keep as little of attention.
+        config = config.model_copy(update={"attn_implementation": "chunked"})
     program = make_program(config, devices, topology.hardware.platform)
     known = {"topology": topology.text, "hardware": topology.hardware}
     if compiles:

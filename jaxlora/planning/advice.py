@@ -89,7 +89,9 @@ def _candidates(config: Config) -> Iterator[tuple[dict[str, Any], str]]:
         quantized = {"adapter": "qlora", "quantization": "int4"}
         drop: dict[str, Any] = {"load_in_8bit": False} if config.load_in_8bit else {}
         yield quantized | drop, "the base in 4 bits"
-    if config.adapter is None and derived.optimizer(config) in ("adamw", "muon"):
+    if derived.optimizer(config) == "adamw":
+        yield {"optimizer": "adamw_bnb_8bit"}, "moments in 8 bits"
+    if config.adapter is None and derived.optimizer(config) in ("adamw", "adamw_8bit", "muon"):
         yield {"optimizer": "adafactor"}, "another optimizer: try its learning rate"
     length = config.sequence_len
     while length > 512:

@@ -25,7 +25,7 @@ LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": T
 QLORA = {**LORA, "adapter": "qlora"}
 CASES = {
     "full": {"optimizer": "adafactor"},
-    "lora": {**LORA, "bf16": True, "peft_use_dora": True},
+    "lora": {**LORA, "bf16": True, "peft_use_dora": True, "optimizer": "adamw_bnb_8bit"},
     "int4": {**QLORA, "quantization": "int4", "lora_modules_to_save": ["embed_tokens"]},
     "nf4": {**QLORA, "load_in_4bit": True, "peft_trainable_token_indices": [3, 5]},
     "plain scales": {
