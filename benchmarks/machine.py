@@ -50,7 +50,7 @@ def _idle_s() -> float:
 
 def describe() -> dict[str, object]:
     """Returns hardware, versions and commit."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = {name: version for name in PACKAGES if (version := _version(name))}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
         "hardware": f"{_cpu()}, {os.cpu_count()} cores, {memory:.0f} GiB",
@@ -60,6 +60,13 @@ def describe() -> dict[str, object]:
         "uncommitted_changes": bool(_git("status", "--porcelain", "--", "jaxlora")),
         "malloc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def write(name: str, result: dict[str, Any]) -> None:
