@@ -54,6 +54,8 @@ def resolve_config(path_or_id: str | os.PathLike, revision: str | None = None) -
     Args, raises: as `resolve`.
     """
     text = os.fspath(path_or_id)
+    if is_storage(text):
+        return fetch(text, "model", lambda name: name == "config.json")
     if not _HUB_ID.fullmatch(text) or Path(text).expanduser().exists():
         return resolve(path_or_id, revision)
     return _download(text, revision, ["config.json"])
