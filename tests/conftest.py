@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
 from pathlib import Path
+
+# Before JAX comes: commands that tests start must not write to the user's cache of programs.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", "")
 
 import jax
 import ml_dtypes

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxlora.cli import configuration, launching, models, planning, runs
+from jaxlora.cli.compilation import use_compilation_cache
 from jaxlora.core.errors import UserError
 from jaxlora.core.version import __version__
 
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if again := _repeated(words):
         parser.error(f"{again}: given twice; keep one")
     options.overrides = rest
+    use_compilation_cache()
     try:
         return options.run(options) or 0
     except UserError as error:
