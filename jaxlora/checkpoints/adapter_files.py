@@ -10,6 +10,7 @@ from typing import Any
 from jaxlora.checkpoints import mlx, torchtune
 from jaxlora.checkpoints.json_files import read_json_object
 from jaxlora.checkpoints.peft_config import CONFIG_FILE, read_config
+from jaxlora.checkpoints.single_experts import has_single_experts, open_single_experts
 from jaxlora.checkpoints.tensor_view import Tensors
 from jaxlora.checkpoints.tensors import TensorFiles
 from jaxlora.core.errors import UserError
@@ -80,7 +81,11 @@ def open_adapter(
     files = TensorFiles(folder, stem)
     file = folder / f"{stem}.safetensors"
     if not torchtune.is_torchtune(files.info):
-        return AdapterFiles("PEFT", read_config(path), files, content, file)
+        config, tensors = read_config(path), files
+        if has_single_experts(files.info):
+            with _blaming(path):
+                config, tensors = open_single_experts(files, config)
+        return AdapterFiles("PEFT", config, tensors, content, file)
     with _blaming(path):
         if specs is not None:
             torchtune.check_model(specs)

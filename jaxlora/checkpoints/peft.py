@@ -146,7 +146,6 @@ def load_adapter(
             f"{folder}: this adapter was trained on another base model of the same shape; expected "
             "the base named in its adapter_config.json (base_model_name_or_path)."
         )
-    _refuse_single_experts(opened.file, files)
     targets = _match(folder, files, specs, config)
     _check(opened.file, files, specs, targets, beside)
     adapter = {}
@@ -158,15 +157,6 @@ def load_adapter(
         put(where, values, part, target.ranks[layer])
     adapter = {path: {k: jnp.asarray(x) for k, x in pair.items()} for path, pair in adapter.items()}
     return adapter, targets, config
-
-
-def _refuse_single_experts(where: Path, files: Tensors) -> None:
-    for key in files.info:
-        if re.search(r"\.experts\.\d+\.", key):
-            raise UserError(
-                f"{where}: {key} is for one expert, as adapters made with transformers 4 are; "
-                "expected them stacked: load it with PEFT on transformers 5 and save it again."
-            )
 
 
 def _match(
