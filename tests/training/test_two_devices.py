@@ -1,4 +1,4 @@
-"""Runs on two devices are those of one: tables that train, also of an odd size; classifiers."""
+"""Runs on two devices are those of one: what trains whole, also of an odd size; classifiers."""
 
 import json
 import os
@@ -13,8 +13,14 @@ from jaxlora.checkpoints.load import read_model_config
 
 PROGRAM = "import json, sys, jaxlora; jaxlora.train(json.loads(sys.argv[1]), quiet=True)"
 NEW = {"tokens": [" cat", "<later>"], "special_tokens": {"pad_token": "<fill>"}}
-CASES = ("rows, tensor", "whole, fsdp", "whole, old size, tensor")
+CASES = ("rows, tensor", "whole, fsdp", "whole, old size, tensor", "linear, fsdp", "linear, tensor")
 WHOLE = {"lora_modules_to_save": ["embed_tokens", "lm_head", "model.norm"]}
+# A whole stack, one layer of another, all norms of the layers.
+LINEAR = {
+    "lora_target_linear": None,
+    "lora_target_modules": ["q_proj", "v_proj"],
+    "lora_modules_to_save": ["down_proj", "1.mlp.up_proj", "post_attention_layernorm"],
+}
 
 
 def train_on_two(keys):
@@ -26,11 +32,17 @@ def train_on_two(keys):
 
 @pytest.mark.oracle
 @pytest.mark.parametrize("case", CASES)
-def test_tables_on_two_devices_are_those_of_one(case, base, keys, run, metrics_of, tmp_path):
+def test_what_trains_on_two_devices_is_that_of_one(case, base, keys, run, metrics_of, tmp_path):
     size = read_model_config(base)[0].vocab_size
     rows = {"peft_trainable_token_indices": {"embed_tokens": [size + 1], "lm_head": [5, size + 1]}}
-    train = rows | {"tokens": NEW["tokens"][:1]} if case.startswith("rows") else WHOLE
-    changes = ({} if "old" in case else NEW) | train | {"max_steps": 3, "learning_rate": 1e-3}
+    kinds = {"rows": rows | {"tokens": NEW["tokens"][:1]}, "whole": WHOLE, "linear": LINEAR}
+    kind = case.partition(",")[0]
+    train = kinds[kind]
+    changes = (
+        ({} if "old" in case or kind == "linear" else NEW)
+        | train
+        | {"max_steps": 3, "learning_rate": 1e-3}
+    )
     run("one", **changes)
     axis, replicas = ("fsdp", 2) if "fsdp" in case else ("tensor", 1)
     on_two = {"mesh": {"fsdp": 1, axis: 2}, "micro_batch_size": 4 // replicas}
