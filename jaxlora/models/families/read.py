@@ -39,11 +39,20 @@ _IGNORED = frozenset(
 )
 # Types that some older repositories name instead of the architecture.
 _ARCHITECTURE = re.compile(r"(For\w+|LMHeadModel)$")
+_CLASSIFIER = "ForSequenceClassification"
 
 
 def supported() -> str:
-    """Returns the supported architectures as text for messages."""
-    return ", ".join(sorted(FAMILIES))
+    """Returns the supported architectures as text for messages: those of one ending together."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(FAMILIES):
+        stem = _ARCHITECTURE.sub("", name)
+        found.setdefault(name.removeprefix(stem), []).append(stem)
+    found = {end: stems for end, stems in found.items() if end != _CLASSIFIER}
+    return "; ".join(
+        [f"{', '.join(sorted(stems))} ({end})" for end, stems in found.items()]
+        + [f"classifiers of these ({_CLASSIFIER})"]
+    )
 
 
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:
