@@ -107,17 +107,26 @@ def _use(plan: Plan) -> str:
     model, labels, cfg = plan.model, plan.labels, plan.model.cfg
     auto = task_of(cfg).auto_class
     if model.lora is None:
-        return f"model = {auto}.from_pretrained(folder)"
+        return (
+            f"from transformers import {auto}\n\n"
+            f"model = {auto}.from_pretrained(folder)  # where this file is"
+        )
     head = ""  # what has to be said of one that the base lacks
     if labels is not None:
         named = f", id2label={dict(enumerate(labels.names))}" if labels.names else ""
         head = f", num_labels={labels.count}{named}"
-    lines = [f"model = {auto}.from_pretrained({plan.config.base_model!r}{head})"]
+    lines = [
+        "from peft import PeftModel",
+        f"from transformers import {auto}\n",
+        f"model = {auto}.from_pretrained({plan.config.base_model!r}{head})",
+    ]
     if cfg.vocab_size != model.stored.vocab_size:
         lines.append(f"model.resize_token_embeddings({cfg.vocab_size}, mean_resizing=False)")
     if labels is not None and cfg.pooling == "last":  # by which it finds the last token of a text
         lines.append(f"model.config.pad_token_id = {pad_id(model.tokenizer)}")
-    return "\n".join([*lines, "model = PeftModel.from_pretrained(model, folder)"])
+    return "\n".join(
+        [*lines, "model = PeftModel.from_pretrained(model, folder)  # where this file is"]
+    )
 
 
 def _front_matter(fields: dict[str, Any]) -> str:

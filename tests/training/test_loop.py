@@ -42,6 +42,10 @@ def test_a_run_leaves_adapter_metrics_curve_card_and_checkpoint(run, metrics_of,
     assert steps == {"checkpoint-2", "checkpoint-4", "checkpoint-5"}
     assert (folder / "adapter_model.safetensors").is_file()
     assert (folder / "tokenizer.json").is_file()
+    peft = pytest.importorskip("peft")
+    scope = {"folder": str(folder)}
+    exec(card.split("```python\n")[1].split("```")[0], scope)  # what the card tells to do
+    assert isinstance(scope["model"], peft.PeftModel)
 
 
 def test_a_checkpoint_in_the_last_step_is_no_trouble(run):
