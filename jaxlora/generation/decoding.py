@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from jaxlora.core.errors import UserError
 from jaxlora.generation.sampling import SamplingOptions, sample
 from jaxlora.models.config import ModelConfig
+from jaxlora.models.moe import Spread
 from jaxlora.models.transformer import Cache, Constrain, Transformer, bind, empty_cache
 
 Params = Mapping[str, Any]
@@ -31,10 +32,12 @@ class _Recipe:
     cfg: ModelConfig
     dtype: np.dtype
     constrain: Constrain
+    spread: Spread
     options: SamplingOptions
 
     def bound(self, params: Params) -> Transformer:
-        return bind(Transformer(self.cfg, dtype=self.dtype, constrain=self.constrain), params)
+        hooks = {"constrain": self.constrain, "spread": self.spread}
+        return bind(Transformer(self.cfg, dtype=self.dtype, **hooks), params)
 
 
 @jax.tree_util.register_dataclass
@@ -153,7 +156,8 @@ def bucket(length: int) -> int:
 def _recipe(transformer: Transformer, options: SamplingOptions) -> _Recipe:
     # Seed and length are arguments, not part of the compiled code.
     method = dataclasses.replace(options, seed=0, max_new_tokens=1)
-    return _Recipe(transformer.cfg, transformer.dtype, transformer.constrain, method)
+    hooks = (transformer.constrain, transformer.spread)
+    return _Recipe(transformer.cfg, transformer.dtype, *hooks, method)
 
 
 def _check(prompt: Sequence[int], cfg: ModelConfig, where: str) -> None:

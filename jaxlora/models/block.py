@@ -5,14 +5,14 @@ from flax import nnx
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.layers import Attention, Mlp, Norm
 from jaxlora.models.mla import LatentAttention
-from jaxlora.models.moe import MixtureOfExperts
+from jaxlora.models.moe import MixtureOfExperts, Spread, in_place
 from jaxlora.models.stacks import LayerShape
 
 
 class Block(nnx.Module):
     """Attention, then MLP (or both at once), each between the norms of `ModelConfig.norms`."""
 
-    def __init__(self, cfg: ModelConfig, shape: LayerShape):
+    def __init__(self, cfg: ModelConfig, shape: LayerShape, spread: Spread = in_place):
         self.cfg = cfg
 
         def norm(place: str) -> Norm | None:
@@ -26,7 +26,7 @@ class Block(nnx.Module):
         self.mlp_in_norm, self.mlp_out_norm = norm("mlp_in"), norm("mlp_out")
         self.attention_sum_norm, self.mlp_sum_norm = norm("attention_sum"), norm("mlp_sum")
         self.attention = Attention(cfg) if cfg.mla is None else LatentAttention(cfg)
-        self.mlp = MixtureOfExperts(cfg) if shape.experts else Mlp(cfg)
+        self.mlp = MixtureOfExperts(cfg, spread) if shape.experts else Mlp(cfg)
 
     def __call__(self, x, angles, visible, attend, cache, index):
         scale, into = self.cfg.residual_scale, _through(self.attention_in_norm, x)

@@ -15,6 +15,7 @@ from jaxlora.models.block import Block
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.head import HeadTransform, classifier_head, language_head, pool
 from jaxlora.models.layers import LayerCache, Linear, Norm
+from jaxlora.models.moe import Spread, in_place
 from jaxlora.models.parameters import ParamSpec, declare
 from jaxlora.models.stacks import AttentionInputs, Stack, make_stacks
 from jaxlora.ops.attention import Attend, reference_attention
@@ -78,6 +79,8 @@ class Transformer(nnx.Module):
       remat: what the backward pass recomputes, a key of `REMAT_POLICIES`.
       constrain: given an activation and its logical axes, pins its sharding.
       attend: attention within the tokens given; with a cache it is the reference's.
+      spread: how tokens and experts of a mixture are brought together.
+      context: into how many parts the tokens of a row are split; the loss is cut alike.
     """
 
     def __init__(
@@ -88,9 +91,11 @@ class Transformer(nnx.Module):
         remat: str = "none",
         constrain: Constrain = lambda x, axes: x,
         attend: Attend = reference_attention,
+        spread: Spread = in_place,
+        context: int = 1,
     ):
         self.cfg, self.dtype, self.remat, self.constrain = cfg, jnp.dtype(dtype), remat, constrain
-        self.attend = attend
+        self.attend, self.spread, self.context = attend, spread, context
         self.embed = _table(cfg.vocab_size, axes.VOCAB, cfg)
         self.embed_positions = (
             _table(cfg.learned_positions, axes.POSITIONS, cfg) if cfg.learned_positions else None
@@ -101,7 +106,7 @@ class Transformer(nnx.Module):
         self.embed_norm = _norm(cfg) if cfg.embed_norm else None
         for stack in make_stacks(cfg):
             for name, shape in zip(stack.names, stack.shapes, strict=True):
-                setattr(self, name, Block(cfg, shape))
+                setattr(self, name, Block(cfg, shape, spread))
         self.norm = _norm(cfg) if cfg.final_norm else None
         self.head_transform = HeadTransform(cfg) if cfg.head_activation else None
         self.lm_head, self.classifier = language_head(cfg), classifier_head(cfg)

@@ -47,8 +47,8 @@ _SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def route(
-    logits: Float[Array, "M E"], routing: Routing, correction: Float[Array, "E"] | None = None
-) -> tuple[Float[Array, "M K"], Int[Array, "M K"]]:
+    logits: Float[Array, "*M E"], routing: Routing, correction: Float[Array, "E"] | None = None
+) -> tuple[Float[Array, "*M K"], Int[Array, "*M K"]]:
     """Returns weight and number of the experts each token goes to.
 
     Args:
@@ -73,12 +73,12 @@ def route(
     return weights * routing.scale, experts
 
 
-def _within_best_groups(choice: Float[Array, "M E"], routing: Routing) -> Float[Array, "M E"]:
+def _within_best_groups(choice: Float[Array, "*M E"], routing: Routing) -> Float[Array, "*M E"]:
     """Scores with those of all but the best groups made too small to be chosen."""
-    grouped = choice.reshape(len(choice), routing.groups, -1)
+    grouped = choice.reshape(*choice.shape[:-1], routing.groups, -1)
     worth = jax.lax.top_k(grouped, routing.group_best)[0].sum(axis=-1)
     best = jax.lax.top_k(worth, routing.top_groups)[1]
-    open_ = jax.nn.one_hot(best, routing.groups, dtype=bool).any(axis=1)
+    open_ = jax.nn.one_hot(best, routing.groups, dtype=bool).any(axis=-2)
     return jnp.where(open_[..., None], grouped, -jnp.inf).reshape(choice.shape)
 
 
@@ -90,31 +90,51 @@ class Dispatch:
       order: for each place in that order, ``token * K + choice``.
       sizes: how many rows each expert has.
       experts: for each place, its expert.
+      partial: whether some go to experts that are not here.
     """
 
     order: Int[Array, "MK"]
     sizes: Int[Array, "E"]
     experts: Int[Array, "MK"]
     top_k: int
+    partial: bool = False
 
     @classmethod
-    def to(cls, experts: Int[Array, "M K"], num_experts: int) -> "Dispatch":
-        """Returns the order of tokens that go to these experts."""
+    def to(
+        cls, experts: Int[Array, "M K"], num_experts: int, first: Int[Array, ""] | None = None
+    ) -> "Dispatch":
+        """Returns the order of tokens that go to `num_experts` experts.
+
+        Args:
+          experts: where each token goes.
+          num_experts: how many are here.
+          first: number of the first that is here; None where all are. What goes to others comes
+            last, belongs to no run and is 0 on the way there and back.
+        """
         flat = experts.reshape(-1)
+        if first is not None:
+            here = (flat >= first) & (flat < first + num_experts)
+            flat = jnp.where(here, flat - first, num_experts)
         order = jnp.argsort(flat, stable=True)
         sizes = jnp.bincount(flat, length=num_experts).astype(jnp.int32)
-        return cls(order, sizes, flat[order], experts.shape[1])
+        return cls(order, sizes, flat[order], experts.shape[1], first is not None)
 
     def spread(self, x: Float[Array, "M D"]) -> Float[Array, "MK D"]:
         """Returns every token's row at each of its experts."""
         copies = jnp.broadcast_to(x[:, None], (len(x), self.top_k, x.shape[-1]))
-        return _permuted(copies.reshape(-1, x.shape[-1]), self.order)
+        return self._here(_permuted(copies.reshape(-1, x.shape[-1]), self.order))
 
     def gather(self, y: Float[Array, "MK O"], weights: Float[Array, "M K"]) -> Float[Array, "M O"]:
         """Returns every token's sum over its experts, weighted."""
-        back = _permuted(y, jnp.argsort(self.order))
+        back = _permuted(self._here(y), jnp.argsort(self.order))
         back = back.reshape(*weights.shape, y.shape[-1])
         return jnp.einsum("MKO,MK->MO", back, weights.astype(y.dtype))
+
+    def _here(self, x: Float[Array, "MK D"]) -> Float[Array, "MK D"]:
+        if not self.partial:
+            return x
+        # In both directions: what a grouped matmul makes of rows beyond the last run is undefined.
+        return jnp.where((self.experts < len(self.sizes))[:, None], x, 0)
 
 
 def _permuted(x: Float[Array, "M D"], order: Int[Array, "M"]) -> Float[Array, "M D"]:

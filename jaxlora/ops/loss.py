@@ -14,6 +14,7 @@ def chunked_cross_entropy(
     weights: Float[Array, "B T"],
     *,
     chunk_tokens: int = 1024,
+    parts: int = 1,
 ) -> Float[Array, ""]:
     """Returns the weighted SUM of token losses in nats; the caller divides by the sum of weights.
 
@@ -26,15 +27,20 @@ def chunked_cross_entropy(
       targets: token ids to predict; any valid id where the weight is 0.
       weights: 1.0 where the target counts, else 0.0.
       chunk_tokens: tokens per chunk, >= 1.
+      parts: into how many runs the tokens of a row are split over devices; a chunk then has a share
+        of each, so that all of them work on all chunks.
     """
     batch, length, _ = hidden.shape
-    chunk = min(length, max(1, chunk_tokens // batch))
-    num_chunks = -(-length // chunk)
-    padding = num_chunks * chunk - length
+    parts = parts if length % parts == 0 else 1
+    run = length // parts
+    chunk = min(run, max(1, chunk_tokens // (batch * parts)))
+    num_chunks = -(-run // chunk)
+    padding = num_chunks * chunk - run
 
-    def cut(x):  # [B, T, ...] -> [chunks, B, C, ...]; the batch axis stays whole for its sharding
-        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(batch, num_chunks, chunk, *x.shape[2:]), 1, 0)
+    def cut(x):  # [B, T, ...] -> [chunks, B, parts, C, ...]: what is sharded stays where it is
+        x = x.reshape(batch, parts, run, *x.shape[2:])
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 3))
+        return jnp.moveaxis(x.reshape(batch, parts, num_chunks, chunk, *x.shape[3:]), 2, 0)
 
     @jax.checkpoint
     def add_chunk(total, chunk_of):

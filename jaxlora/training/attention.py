@@ -4,6 +4,7 @@ from jax.typing import DTypeLike
 
 from jaxlora.config import derived
 from jaxlora.config.schema import Config
+from jaxlora.core.errors import UserError
 from jaxlora.models.attention_backend import choose_backend
 from jaxlora.models.config import ModelConfig
 from jaxlora.ops.attention import Attend
@@ -28,15 +29,24 @@ def attention_of(
       most_segments: how many examples a row holds at most; None for not known yet.
 
     Raises:
-      UserError: see `choose_backend`.
+      UserError: see `choose_backend`; a kernel for rows whose tokens are split.
     """
-    platform = placement.mesh.devices.flat[0].platform
+    platform, asked = placement.mesh.devices.flat[0].platform, derived.attention_backend(config)
+    split = placement.mesh.shape["context"] > 1
+    if split and asked in ("cudnn", "splash"):
+        raise UserError(
+            f"attn_implementation: {asked} needs all tokens of a row on one device, and "
+            "mesh.context splits them; leave it out, or set chunked."
+        )
+    if split and asked == "auto" and platform != "cpu":
+        asked = "chunked"
     backend = choose_backend(
         cfg,
         platform,
         dtype,
-        asked=derived.attention_backend(config),
+        asked=asked,
         most_segments=most_segments if config.sample_packing else 1,
     )
-    attend = on_each_device(backend.attend, placement) if backend.per_device else backend.attend
+    per_device = split or backend.per_device
+    attend = on_each_device(backend.attend, placement) if per_device else backend.attend
     return attend, (backend.note,) if backend.note else ()

@@ -17,6 +17,7 @@ from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import ParamSpec, describe
 from jaxlora.models.task import task_of
 from jaxlora.models.transformer import Transformer
+from jaxlora.parallel.experts import on_each_device as experts_on_each_device
 from jaxlora.parallel.mesh import make_mesh
 from jaxlora.parallel.rules import Placement
 from jaxlora.training.attention import attention_of
@@ -97,6 +98,8 @@ def shape_of_run(
         remat=derived.remat_policy(config),
         constrain=placement.constrain,
         attend=attend,
+        spread=experts_on_each_device(placement),
+        context=placement.mesh.shape["context"],
     )
     return Shape(cfg, describe(cfg), targets, parts, transformer, placement, notes)
 

@@ -57,7 +57,7 @@ def batch_loss(transformer: Transformer, params: Tree, batch: Batch) -> Float[Ar
     A loss for each token, or in a classifier for each row.
     """
     model, hidden, targets, weights = _read(transformer, params, batch)
-    return chunked_cross_entropy(model.logits, hidden, targets, weights)
+    return chunked_cross_entropy(model.logits, hidden, targets, weights, parts=transformer.context)
 
 
 def make_train_step(
@@ -133,7 +133,10 @@ def make_eval_step(transformer: Transformer, targets: Mapping[str, Target]) -> C
                 said = jnp.argmax(model.logits(hidden), axis=-1)
                 confusion = confusion.at[wanted, said].add(counted)
             return (
-                loss + chunked_cross_entropy(model.logits, hidden, wanted, counted),
+                loss
+                + chunked_cross_entropy(
+                    model.logits, hidden, wanted, counted, parts=transformer.context
+                ),
                 confusion,
             ), None
 

@@ -1,9 +1,9 @@
 """A program with eight CPU devices: trains over meshes and prints the losses as JSON.
 
-    python eight_devices.py METHOD:MESH [METHOD:MESH ...]
+    python eight_devices.py [--steps N] METHOD:MESH [METHOD:MESH ...]
 
-METHOD is lora, int4, nf4, int8, gptq or full; MESH is like ``data=2,fsdp=4``, or nothing for
-one device.
+METHOD is lora, int4, nf4, int8, gptq or full, ``moe-`` before it for a mixture of experts; MESH is
+like ``data=2,fsdp=4``, or nothing for one device.
 """
 
 import dataclasses
@@ -20,20 +20,23 @@ import numpy as np
 
 from jaxlora import lora
 from jaxlora.core.tree import flatten, unflatten
-from jaxlora.lora import LoraConfig, match
-from jaxlora.models.config import ModelConfig
+from jaxlora.lora import LoraConfig
+from jaxlora.models.config import ModelConfig, Moe
 from jaxlora.models.parameters import describe, init_params
+from jaxlora.models.targets import targets_of_specs
 from jaxlora.models.transformer import Transformer
-from jaxlora.ops.attention import reference_attention
+from jaxlora.ops.attention_chunked import chunked_attention
+from jaxlora.ops.experts import Routing
 from jaxlora.ops.quantize import pack, quantize
 from jaxlora.optim.optimizers import make_optimizer
 from jaxlora.parallel.attention import on_each_device
+from jaxlora.parallel.experts import on_each_device as experts_on_each_device
 from jaxlora.parallel.mesh import make_mesh
 from jaxlora.parallel.rules import Placement
 from jaxlora.training.state import init_optimizer
 from jaxlora.training.step import make_train_step
 
-CFG = ModelConfig(
+DENSE = ModelConfig(
     vocab_size=96,
     embed_dim=128,
     mlp_dim=256,
@@ -46,34 +49,55 @@ CFG = ModelConfig(
     rope_theta=1e4,
     init_std=0.08,
 )
-SPECS = describe(CFG)
-LINEAR = [path for path, spec in SPECS.items() if spec.kind == "linear"]
-STEPS, ROWS, LENGTH = 4, 8, 12
+MOE = dataclasses.replace(
+    DENSE,
+    mlp_dim=64,
+    family="MixtralForCausalLM",
+    sliding_window=5,
+    sliding_layers=(0,),
+    moe=Moe((0, 1), num_experts=8, mlp_dim=64, routing=Routing(2, renormalize=True)),
+)
+STEPS, ROWS, LENGTH = 4, 8, 24
 
 
-def batches():
+def model_of(method):
+    """Config, specs and linear leaves of a method's model, and the method itself."""
+    cfg = MOE if method.startswith("moe-") else DENSE
+    specs = describe(cfg)
+    linear = [path for path, spec in specs.items() if spec.kind in ("linear", "experts")]
+    return cfg, specs, linear, method.removeprefix("moe-")
+
+
+def batches(cfg, steps):
     rng = np.random.default_rng(0)
-    for _ in range(STEPS):
-        tokens = rng.integers(0, CFG.vocab_size, (2, ROWS, LENGTH)).astype(np.int32)
+    for _ in range(steps):
+        tokens = rng.integers(0, cfg.vocab_size, (2, ROWS, LENGTH)).astype(np.int32)
+        # Two texts in a row and padding: a segment crosses every border of devices.
+        lengths = (10, LENGTH - 11, 1)
+        segments = np.repeat(np.int32([1, 2, 0]), lengths)
+        positions = np.concatenate(list(map(np.arange, lengths))).astype(np.int32)
+        weights = (rng.random(tokens.shape) > 0.3) & (segments > 0)
         yield {
             "tokens": tokens,
             "targets": np.roll(tokens, -1, -1),
-            "weights": (rng.random(tokens.shape) > 0.3).astype(np.float32),
-            "positions": np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape),
-            "segment_ids": np.ones_like(tokens),
+            "weights": weights.astype(np.float32),
+            "positions": np.broadcast_to(positions, tokens.shape),
+            "segment_ids": np.broadcast_to(segments, tokens.shape),
         }
 
 
-def stored(weights, method):
+def stored(weights, linear, method):
     """Base weights on the host, the linear ones quantized layer by layer."""
-    leaves = {path: np.asarray(weights[path]) for path in SPECS}
-    for path in LINEAR if method in ("int4", "nf4", "int8", "gptq") else ():
-        layers = [quantized(layer, method) for layer in leaves[path]]
-        leaves[path] = jax.tree.map(lambda *parts: np.stack(list(map(np.asarray, parts))), *layers)
+    leaves = {path: np.asarray(weight) for path, weight in weights.items()}
+    for path in linear if method in ("int4", "nf4", "int8", "gptq") else ():
+        leaves[path] = quantized(leaves[path], method)
     return leaves
 
 
 def quantized(weight, method):
+    if weight.ndim > 2:
+        parts = [quantized(each, method) for each in weight]
+        return jax.tree.map(lambda *each: np.stack(list(map(np.asarray, each))), *parts)
     if method != "gptq":
         return quantize(weight, method)
     # As GPTQ files are read: packed, with zero points, each group's inputs anywhere.
@@ -86,32 +110,39 @@ def quantized(weight, method):
 
 def setup(method, placement):
     """Returns the step and its first arguments."""
-    weights = init_params(CFG, jax.random.key(0), jnp.float32)
+    cfg, specs, linear, method = model_of(method)
+    weights = init_params(cfg, jax.random.key(0), jnp.float32)
     base = {
-        path: placement.weight(leaf, SPECS[path].axes, stacked=SPECS[path].layers is not None)
-        for path, leaf in stored(flatten(weights), method).items()
+        path: placement.weight(leaf, specs[path].axes, stacked=specs[path].layers is not None)
+        for path, leaf in stored(flatten(weights), linear, method).items()
     }
     if method == "full":
         trainable, frozen, targets = {"params": base, "adapter": {}}, {}, {}
     else:
-        modules = {path: SPECS[path].modules() for path in LINEAR}
-        targets = match(modules, LoraConfig(r=4, alpha=8, dropout=0.1), LINEAR)
+        experts = [path for path in linear if specs[path].kind == "experts"]
+        options = LoraConfig(
+            r=4,
+            alpha=8,
+            dropout=0.0 if experts else 0.1,  # experts have none
+            target_parameters=tuple(specs[path].modules()[0].split(".", 3)[3] for path in experts),
+        )
+        targets = targets_of_specs(specs, options)
         pairs = lora.init(unflatten(flatten(weights)), targets, jax.random.key(1))
         adapter = {
-            path: placement.adapter(pair, SPECS[path].axes, stacked=True)
+            path: placement.adapter(pair, specs[path].axes, stacked=True)
             for path, pair in pairs.items()
         }
         trainable, frozen = {"params": {}, "adapter": adapter}, base
     every = jax.tree.map(lambda leaf: True, trainable)
     optimizer = make_optimizer("adamw", lambda step: 1e-2, decayed=every, matrices=every)
     opt_state = init_optimizer(optimizer, trainable, placement)
-    # Both ways to split attention: by the compiler, and by hand as a kernel needs it.
-    attend = on_each_device(reference_attention, placement) if method in ("int4", "full") else None
     transformer = Transformer(
-        CFG,
+        cfg,
         remat="full",
         constrain=placement.constrain,
-        attend=attend or reference_attention,
+        attend=on_each_device(chunked_attention, placement),
+        spread=experts_on_each_device(placement),
+        context=placement.mesh.shape["context"],
     )
     like = (trainable, opt_state)
     step = make_train_step(transformer, targets, optimizer, jax.random.key(5), like)
@@ -124,31 +155,38 @@ def gathers(program):
     return sorted({(kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in found})
 
 
-def train(method, sizes):
+def train(method, sizes, steps):
     devices = jax.devices() if sizes else jax.devices()[:1]
     placement = Placement(make_mesh(sizes or None, devices))
+    cfg, specs, linear, _ = model_of(method)
     step, trainable, opt_state, frozen = setup(method, placement)
     losses, program = [], None
-    for number, batch in enumerate(batches()):
+    for number, batch in enumerate(batches(cfg, steps)):
         arguments = (trainable, opt_state, frozen, placement.batch(batch), jnp.int32(number))
         program = program or step.lower(*arguments).compile()
         trainable, opt_state, metrics = step(*arguments)
         losses.append(float(metrics["loss"]))
     leaves = jax.tree.leaves((trainable, frozen))
     largest = max(leaves, key=lambda leaf: leaf.size)
+    trained = jax.tree_util.tree_leaves_with_path(trainable)
     return {
         "losses": losses,
         "gathers": gathers(program.as_text()),
         "compiled": step._cache_size(),
         "largest_share": largest.addressable_shards[0].data.size / largest.size,
-        "matrices": sorted({SPECS[path].shape for path in LINEAR}),
+        "matrices": sorted({specs[path].shape for path in linear}),
+        "trained": [[jax.tree_util.keystr(path), list(leaf.shape)] for path, leaf in trained],
     }
 
 
 if __name__ == "__main__":
+    words = sys.argv[1:]
+    count = STEPS
+    if words[0] == "--steps":
+        count, words = int(words[1]), words[2:]
     results = {}
-    for case in sys.argv[1:]:
+    for case in words:
         method, _, mesh = case.partition(":")
         pairs = [part.split("=") for part in mesh.split(",") if part]
-        results[case] = train(method, {axis: int(size) for axis, size in pairs})
+        results[case] = train(method, {axis: int(size) for axis, size in pairs}, count)
     print(json.dumps(results))
