@@ -28,6 +28,7 @@ from jaxlora.core.errors import UserError
 
 _log = logging.getLogger(__name__)
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 _TEMPORARY = ".temporary-"
 _TRASH = ".trash"
 
@@ -197,8 +198,11 @@ class CheckpointStore:
             self._commit(temporary, step)
         except Exception as error:
             shutil.rmtree(temporary, ignore_errors=True)  # gives a full disk its space back
-            message = f"{self.folder}: saving step {step} failed: {' '.join(str(error).split())}"
-            if isinstance(error, OSError):
+            text = " ".join(str(error).split())
+            theirs = _OS_ERROR.search(text)  # tensorstore says it in a page of its own
+            text = os.strerror(int(theirs[1])) if theirs else text
+            message = f"{self.folder}: saving step {step} failed: {text}"
+            if isinstance(error, OSError) or theirs:
                 raise UserError(f"{message}; free space or fix access, then resume.") from error
             raise RuntimeError(message) from error
 

@@ -148,9 +148,9 @@ class Run:
         stack.enter_context(
             StallGuard(self.phases, config.stall_timeout, folder, lambda: store.settle(10))
         )
-        if self.state.step:
-            display.say(f"continuing from the checkpoint of step {self.state.step}")
-            self.last_loss = record_at(records, self.state.step).get("loss", math.nan)
+        if here := self.state.step:
+            display.say(f"continuing from the checkpoint of step {here}")
+            self.last_loss = record_at(records, here).get("loss", math.nan)
             # Of another run's folder: from now on this one has all it takes to continue.
             saver.save(self.state)
         evaluator = Evaluator(plan, self.eval_step, display, sinks, self._between, records)
@@ -158,6 +158,9 @@ class Run:
         try:
             with self.phases("eval"):
                 before = evaluator.before(self.state, record_at(records, 0))
+                # An interrupt in an evaluation saves the state without its numbers.
+                if self._evaluates(here) and "eval_loss" not in record_at(records, here):
+                    evaluator.loss(self.state)
             with self.interrupts.held():
                 while self.state.step < plan.total_steps and not (self.failed or evaluator.stale):
                     self.interrupts.check()
@@ -195,6 +198,10 @@ class Run:
             before.get("eval_accuracy"),
         )
 
+    def _evaluates(self, step: int) -> bool:
+        """Whether there is an evaluation in the middle of the run after that step."""
+        return bool(self.eval_every) and step % self.eval_every == 0 < step < self.plan.total_steps
+
     def _between(self) -> None:
         """Between two batches of an evaluation."""
         self.phases.beat()
@@ -225,7 +232,7 @@ class Run:
             )
         store.check()
         # Evaluated before it is saved: what continues from a checkpoint has its numbers.
-        if self.eval_every and step % self.eval_every == 0 and not last:
+        if self._evaluates(step) and not last:
             with self.phases("eval"):
                 evaluator.loss(self.state)
         if self.save_every and step % self.save_every == 0 and not last:
