@@ -20,7 +20,8 @@ NAMES = (
     *("setup", "other", "data", "compile", "step", "eval", "save", "export"),  # phases of a run
     *("write", "delete", "restore"),  # of a checkpoint
 )
-_WORDS = 3 * len(NAMES) + 1
+_BACKGROUND = ("delete", "write")  # these go on while the run does other things
+_WORDS = 4 * len(NAMES) + 1
 
 
 class Windows:
@@ -37,31 +38,36 @@ class Windows:
 
     def open(self, name: str) -> int:
         """Opens one; returns what was open before, for `close`."""
-        word, before = 3 * NAMES.index(name), int(self._get(_WORDS - 1))
+        word, before = 4 * NAMES.index(name), int(self._get(_WORDS - 1))
         self._put(word + 1, time.monotonic())
         self._put(word, self._get(word) + 1)
+        self._put(word + 3, self._get(word + 3) + 1)
         self._put(_WORDS - 1, NAMES.index(name) + 1)
         return before
 
     def close(self, name: str, before: int) -> None:
         """Closes it again."""
-        word = 3 * NAMES.index(name)
+        word = 4 * NAMES.index(name)
         self._put(word + 2, self._get(word + 2) + time.monotonic() - self._get(word + 1))
+        self._put(word + 3, self._get(word + 3) - 1)
         self._put(_WORDS - 1, before)
 
     def count(self, name: str) -> int:
-        return int(self._get(3 * NAMES.index(name)))
+        return int(self._get(4 * NAMES.index(name)))
 
     def opened(self, name: str) -> float:
-        return self._get(3 * NAMES.index(name) + 1)
+        return self._get(4 * NAMES.index(name) + 1)
 
     def mean_s(self, name: str) -> float:
         """Seconds it was open each time, on average."""
-        return self._get(3 * NAMES.index(name) + 2) / max(self.count(name), 1)
+        return self._get(4 * NAMES.index(name) + 2) / max(self.count(name), 1)
 
     @property
     def now(self) -> str:
         """Which is open (or was, when its process died); "" for none."""
+        for name in _BACKGROUND:
+            if self._get(4 * NAMES.index(name) + 3):
+                return name
         number = int(self._get(_WORDS - 1))
         return NAMES[number - 1] if number else ""
 

@@ -18,7 +18,8 @@ from forked import Ended, Windows, fork
 
 import jaxlora
 from jaxlora import cli
-from jaxlora.checkpoints import manifest, store
+from jaxlora.checkpoints import manifest
+from jaxlora.checkpoints.orbax_arrays import load_arrays
 from jaxlora.checkpoints.store import CheckpointStore
 from jaxlora.training import plot, resume
 from jaxlora.training.phases import Phases
@@ -159,7 +160,7 @@ def digest(folder: Path, step: int) -> str:
     manifest.verify(path, described)
     target = {name: np.zeros(shape, dtype) for name, (shape, dtype) in described.leaves.items()}
     total = hashlib.sha256()
-    for name, array in sorted(store._load(path / "state", target).items()):
+    for name, array in sorted(load_arrays(path / "state", target).items()):
         total.update(name.encode() + np.asarray(array).tobytes())
     return total.hexdigest()
 

@@ -20,10 +20,10 @@ def checkpoint_bytes(leaves: Mapping[str, Any]) -> int:
 
 
 def check_space(folder: Path, parts: Mapping[str, int]) -> None:
-    """Checks that the disk of a folder, which need not exist, has room for all parts.
+    """Checks that the disk of a folder has room for all parts.
 
     Args:
-      folder: where they will be written.
+      folder: where they will be written; need not exist. What it holds already counts as written.
       parts: bytes by what they are.
 
     Raises:
@@ -33,7 +33,8 @@ def check_space(folder: Path, parts: Mapping[str, int]) -> None:
     while not existing.is_dir():
         existing = existing.parent
     needed, free = sum(parts.values()), shutil.disk_usage(existing).free
-    if needed > free:
+    written = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+    if needed > free + written:
         listed = ", ".join(f"{name} {_size(size)}" for name, size in parts.items())
         raise UserError(
             f"output_dir {folder}: needs {_size(needed)} ({listed}), and {_size(free)} are free; "

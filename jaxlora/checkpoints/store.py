@@ -17,13 +17,12 @@ from types import TracebackType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.checkpoints import manifest as manifests
-from jaxlora.checkpoints.alone import alone
 from jaxlora.checkpoints.background import Background
 from jaxlora.checkpoints.manifest import DamagedCheckpoint, Manifest
+from jaxlora.checkpoints.orbax_arrays import load_arrays, save_arrays
 from jaxlora.core.errors import UserError
 
 _log = logging.getLogger(__name__)
@@ -85,9 +84,9 @@ class CheckpointStore:
         self.wait()
         if self._position is not None and step <= self._position:
             raise ValueError(f"step {step} is not beyond {self._position}, saved or restored here.")
-        if self._position is None and self._on_disk():
+        if self._position is None and self.on_disk():
             raise UserError(
-                f"{self.folder}: already holds checkpoints up to step {max(self._on_disk())}; "
+                f"{self.folder}: already holds checkpoints up to step {max(self.on_disk())}; "
                 "set resume_from_checkpoint: true or another output_dir."
             )
         frozen_meta = json.loads(json.dumps({**meta, "step": step}))
@@ -129,7 +128,7 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Committed steps, oldest first; a save under way is not among them."""
-        return [step for step in self._on_disk() if (self.path(step) / manifests.MANIFEST).exists()]
+        return [step for step in self.on_disk() if (self.path(step) / manifests.MANIFEST).exists()]
 
     def latest(self) -> int | None:
         """The newest committed step, None when there is none."""
@@ -145,7 +144,7 @@ class CheckpointStore:
         Raises:
           UserError: there is no such checkpoint, or its manifest is damaged.
         """
-        if step not in self._on_disk():
+        if step not in self.on_disk():
             raise UserError(f"{self.folder}: no checkpoint of step {step}; it has {self.steps()}.")
         return manifests.read(self.path(step))
 
@@ -162,7 +161,7 @@ class CheckpointStore:
           UserError: no checkpoint, a damaged one, or one whose leaves are not those of `target`.
         """
         self.wait()
-        for candidate in [step] if step is not None else reversed(self._on_disk()):
+        for candidate in [step] if step is not None else reversed(self.on_disk()):
             try:
                 restored = self._restore(candidate, target)
             except DamagedCheckpoint as damage:
@@ -173,15 +172,15 @@ class CheckpointStore:
             self._position = candidate
             return restored
         raise UserError(
-            f"{self.folder}: no {'good ' if self._on_disk() else ''}checkpoint to resume from; "
-            "remove resume_from_checkpoint to start anew."
+            f"{self.folder}: no {'good ' if self.on_disk() else ''}checkpoint to resume from; "
+            "start anew in another output_dir."
         )
 
     def _restore(self, step: int, target: Any) -> tuple[Any, dict[str, Any]]:
         manifest, path, leaves = self.describe(step), self.path(step), manifests.leaf_paths(target)
         manifests.check_target(path, manifest, leaves)
         manifests.verify(path, manifest)
-        restored = _load(path / "state", leaves)
+        restored = load_arrays(path / "state", leaves)
         # Orbax casts and reshapes without a word; our manifest has ruled it out, this proves it.
         if manifests.describe(restored) != manifest.leaves:
             raise RuntimeError(f"{path}: orbax restored other shapes or dtypes than were saved.")
@@ -193,7 +192,7 @@ class CheckpointStore:
         try:
             self._sweep()
             temporary.mkdir()
-            _save_arrays(temporary / "state", arrays)
+            save_arrays(temporary / "state", arrays)
             manifests.seal(temporary, step, meta, manifests.describe(arrays))
             self._commit(temporary, step)
         except Exception as error:
@@ -208,13 +207,13 @@ class CheckpointStore:
 
     def _commit(self, temporary: Path, step: int) -> None:
         # Before the rename: were later steps still there after a kill, they would be "the newest".
-        for stale in self._on_disk():
+        for stale in self.on_disk():
             if stale >= step:
                 self._discard(stale)
         os.rename(temporary, self.path(step))
         manifests.fsync_folder(self.folder)
         if self._keep is not None:
-            for old in self._on_disk()[: -self._keep]:
+            for old in self.on_disk()[: -self._keep]:
                 self._discard(old)
         self._empty_trash()
 
@@ -237,8 +236,8 @@ class CheckpointStore:
                 shutil.rmtree(leftover, ignore_errors=True)
             self._swept = True
 
-    def _on_disk(self) -> list[int]:
-        """Steps that have a folder, good or damaged, in order."""
+    def on_disk(self) -> list[int]:
+        """Steps that have a folder, good or damaged, oldest first."""
         if not self.folder.is_dir():
             return []
         entries = ((entry, _NAME.fullmatch(entry.name)) for entry in self.folder.iterdir())
@@ -256,49 +255,3 @@ def _to_host(leaves: dict[str, Any]) -> dict[str, np.ndarray]:
                 )
             leaf.copy_to_host_async()
     return {name: np.array(leaf) for name, leaf in leaves.items()}
-
-
-def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    from orbax.checkpoint import v1 as ocp
-
-    # Orbax refuses arrays of size zero and trees without a leaf; the manifest says all about them.
-    stored = {name: array for name, array in arrays.items() if array.size}
-    if not stored:
-        return
-    context = ocp.Context()
-    # Trained float32 hardly compresses: 10 % smaller files for twice the time (100 MB measured).
-    context.array.saving.use_compression = False
-    context.memory.deepcopy_host_arrays = False  # `_to_host` has made our copy
-    with alone(context):
-        ocp.save(str(path), stored)
-
-
-def _load(path: Path, target: dict[str, Any]) -> dict[str, Any]:
-    from orbax.checkpoint import v1 as ocp
-
-    abstract: dict[str, Any] = {}
-    for name, leaf in target.items():
-        if 0 in leaf.shape:
-            continue
-        if _placed(leaf):
-            abstract[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-        else:  # tells orbax "numpy" and takes no memory
-            abstract[name] = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
-    with alone(ocp.Context()):
-        loaded = dict(ocp.load(str(path), abstract)) if abstract else {}
-    restored: dict[str, Any] = {}
-    for name, leaf in target.items():
-        array = loaded[name] if name in loaded else np.zeros(leaf.shape, leaf.dtype)
-        if _placed(leaf):
-            restored[name] = array if name in loaded else jax.device_put(array, leaf.sharding)
-        else:
-            host = isinstance(leaf, np.ndarray | np.generic)
-            restored[name] = array if host else jnp.asarray(array)
-    return restored
-
-
-def _placed(leaf: Any) -> bool:
-    """Whether the target says on which devices the leaf must lie."""
-    if isinstance(leaf, jax.Array):
-        return leaf.committed
-    return getattr(leaf, "sharding", None) is not None

@@ -104,7 +104,8 @@ class Interrupts:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._pending = number
-        if not self._held:
+        # Several processes have to leave at the same place, which is a check.
+        if not self._held and self.agree is None:
             self._heard.set()
             raise Interrupted(number)
 

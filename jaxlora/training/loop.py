@@ -270,21 +270,12 @@ class Run:
         if finite:
             self.last_loss = values["loss"]
         else:
-            try:
-                note = skip_or_stop(
-                    config.nonfinite,
-                    config.nonfinite_limit,
-                    skipped,
-                    step,
-                    values,
-                    lambda: describe_rows(self.plan, step - 1),
-                )
-            except NonFiniteError:  # the arrays are those of the step before
-                self.state = dataclasses.replace(self.state, step=before.step)
-                raise
-            display.say(note)
+            # The arrays are those of the step before: that is where this may stop.
+            self.state = dataclasses.replace(self.state, step=before.step)
+            limit, rows = config.nonfinite_limit, lambda: describe_rows(self.plan, step - 1)
+            display.say(skip_or_stop(config.nonfinite, limit, skipped, step, values, rows))
             values = {"skipped": float(skipped.total)}
-        self.state = dataclasses.replace(self.state, skipped=skipped)
+        self.state = dataclasses.replace(self.state, step=step, skipped=skipped)
         rate = self.schedule(max(step - 1 - skipped.total, 0))
         return values | {
             "epoch": step / self.plan.steps_per_epoch,

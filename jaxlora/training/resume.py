@@ -62,7 +62,7 @@ def _origin(config: Config) -> Origin:
     if config.auto_resume_from_checkpoints:
         continues = continues or run_folder.holds_run(config.output_dir)
     # A run killed before its first checkpoint continues from step 0 in its folder.
-    has_checkpoint = continues and CheckpointStore(own).steps()
+    has_checkpoint = continues and CheckpointStore(own).on_disk()
     return Origin(continues, own if has_checkpoint else None)
 
 

@@ -42,6 +42,10 @@ class SharedStore(CheckpointStore):
     def check(self) -> None:
         """Does nothing: a failed save is told at the next one, on all processes at once."""
 
+    def settle(self, seconds: float) -> None:
+        if self._own is not None:
+            self._own.settle(seconds)
+
     def close(self) -> None:
         """Waits on process 0 alone: an error may have brought only this one here."""
         if self._own is not None:

@@ -17,6 +17,7 @@ TARGETS = LORA | {"lora_target_linear": True}
         (MINIMAL | {"optimizer": "paged_adamw_32bit"}, "optimizer: paged_adamw_32bit is read as"),
         (MINIMAL | {"gradient_checkpointing": "offload"}, "gradient_checkpointing: read as remat"),
         (MINIMAL | {"evals_per_epoch": 1}, "evals_per_epoch: no effect: no data is held out"),
+        (MINIMAL | {"nonfinite_limit": 3}, "nonfinite_limit: no effect: nonfinite is stop"),
         (MINIMAL | {"loss_watchdog_patience": 3}, "loss_watchdog_patience: no effect"),
         (MINIMAL | {"pretraining_dataset": [{"path": "x"}]}, "pretraining_dataset: read as dat"),
         (MINIMAL | {"lora_r": 8}, "lora_r: no effect: adapter is not set"),

@@ -11,7 +11,8 @@ from safetensors.numpy import load_file
 
 from jaxlora.config.load import load_config
 from jaxlora.core.errors import UserError
-from jaxlora.training import loop, shared_folder
+from jaxlora.training import evaluation, loop, shared_folder
+from jaxlora.training.interrupt import Interrupted
 
 FULL = {"adapter": None, "lora_r": None, "lora_alpha": None, "lora_target_linear": None}
 METHODS = {
@@ -178,6 +179,39 @@ def test_ctrl_c_saves_the_step_it_falls_into(run, whole, monkeypatch, metrics_of
     resumed = run("stopped", **RUN, resume_from_checkpoint=True)
     assert_same_bits(weights_of(resumed.output_dir), weights_of(whole))
     assert metrics_of(resumed.output_dir) == metrics_of(whole)
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+def test_sigterm_in_an_evaluation_loses_neither_a_step_nor_its_numbers(
+    run, whole, monkeypatch, metrics_of, tmp_path, call
+):
+    """Evaluations are before training, after the steps 3 and 6, and at the end."""
+    evaluate, calls = evaluation.held_out, []
+
+    def press(*arguments):
+        calls.append(1)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(evaluation, "held_out", press)
+    with pytest.raises(Interrupted) as raised:
+        run("stopped", **RUN)
+    monkeypatch.undo()
+    assert raised.value.exit_code == 143
+    saved = [path.name for path in (tmp_path / "stopped").glob("checkpoints/checkpoint-*")]
+    assert (f"checkpoint-{[0, 3, 6, 8][call - 1]}" in saved) is (call > 1)
+    resumed = run("stopped", **RUN, resume_from_checkpoint=True)
+    assert_same_bits(weights_of(resumed.output_dir), weights_of(whole))
+    assert metrics_of(resumed.output_dir) == metrics_of(whole)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(run, whole, tmp_path):
+    own = shutil.copytree(whole, tmp_path / "own")
+    for manifest in own.glob("checkpoints/*/manifest.json"):
+        manifest.unlink()
+    with pytest.raises(UserError, match="no good checkpoint to resume from"):
+        run("own", **RUN, resume_from_checkpoint=True)
 
 
 def test_an_interrupt_in_the_middle_of_a_step_keeps_the_last_checkpoint(run, monkeypatch):
