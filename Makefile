@@ -30,8 +30,9 @@ families-table:
 	PYTHONPATH=tests/oracle:$(CURDIR) $(PYTHON) -m pytest -p families_table \
 		-m "oracle or not reliability" tests/oracle/test_families.py
 
-# Kill, damage and resume trials, many of each.
+# Kills, signals, damage, full disks: many of each. Writes benchmarks/results and docs/reliability.md.
 reliability:
+	$(PYTHON) benchmarks/reliability
 	$(PYTHON) -m pytest -m "reliability" tests
 
 quickstart:
