@@ -1,6 +1,7 @@
 """One layer: attention and MLP with their norms around the residual stream."""
 
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.layers import Attention, Mlp, Norm
@@ -35,7 +36,7 @@ class Block(nnx.Module):
         if self.cfg.parallel_block:
             z = self.mlp(into if self.mlp_in_norm is None else self.mlp_in_norm(x))
             return x + y + _through(self.mlp_out_norm, z) * scale, cache
-        x = _through(self.attention_sum_norm, x + y)
+        x = checkpoint_name(_through(self.attention_sum_norm, x + y), "middle")
         z = self.mlp(_through(self.mlp_in_norm, x))
         x = x + _through(self.mlp_out_norm, z) * scale
         return _through(self.mlp_sum_norm, x), cache

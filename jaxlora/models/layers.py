@@ -125,8 +125,7 @@ class Attention(nnx.Module):
             softcap=cfg.attention_softcap,
             sinks=None if self.sinks is None else self.sinks.get_value(),
         )
-        y = checkpoint_name(y.reshape(*y.shape[:2], -1), "attention")
-        return self.o_proj(y), cache
+        return self.o_proj(y.reshape(*y.shape[:2], -1)), cache
 
     def _project(self, x):
         """Queries ``[B, T, N, H]``, keys and values ``[B, T, K, H]``, normed, not yet turned."""

@@ -59,8 +59,7 @@ class LatentAttention(nnx.Module):
         k, v = checkpoint_name(k, "key"), checkpoint_name(v, "value")
         k, v, cache = remember(k, v, cache, index)
         y = attend(q, k, v, visible, scale=self.cfg.attention_scale)
-        y = checkpoint_name(y.reshape(*y.shape[:2], -1), "attention")
-        return self.o_proj(y), cache
+        return self.o_proj(y.reshape(*y.shape[:2], -1)), cache
 
     def _queries(self, x, angles) -> Float[Array, "B T N H"]:
         if self.mla.q_rank is None:

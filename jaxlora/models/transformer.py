@@ -28,10 +28,10 @@ Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names(
-        "query", "key", "value", "attention"
+        "query", "key", "value", "attention", "middle"
     ),
     "matmuls": jax.checkpoint_policies.save_only_these_names(
-        "query", "key", "value", "attention", "gate", "up"
+        "query", "key", "value", "attention", "middle", "gate", "up"
     ),
     "none": None,
 }

@@ -8,6 +8,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 _NO_WINDOW = np.iinfo(np.int32).max
@@ -68,6 +69,9 @@ class Attend(Protocol):
     ) -> Float[Array, "B T N W"]:
         """Returns a weighted mean of values for every query.
 
+        What the backward pass should find saved is named "attention" (`jax.ad_checkpoint`): of the
+        plain ones the result, of the kernels what theirs read.
+
         Args:
           visible: which keys a query may see.
           scale: what scores are multiplied by; default ``H ** -0.5``.
@@ -99,7 +103,8 @@ def for_each_window(
 
 def reference_attention(q, k, v, visible, *, scale=None, softcap=None, sinks=None):
     """`Attend` in its plainest form: all scores at once, any mask, any device."""
-    return masked_attention(q, k, v, visible.mask(), scale=scale, softcap=softcap, sinks=sinks)
+    y = masked_attention(q, k, v, visible.mask(), scale=scale, softcap=softcap, sinks=sinks)
+    return checkpoint_name(y, "attention")
 
 
 def masked_attention(

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlora.ops.attention import Visibility, masked_attention
 
@@ -53,7 +54,7 @@ def chunked_attention(
         )
         out = jnp.moveaxis(jax.lax.map(attend, tuple(group)), 0, 1)
         y.append(out.reshape(out.shape[0], -1, *out.shape[3:])[:, : stop - start])
-    return jnp.concatenate(y, axis=1)
+    return checkpoint_name(jnp.concatenate(y, axis=1), "attention")
 
 
 def _groups(length: int, chunk: int) -> list[tuple[int, int]]:

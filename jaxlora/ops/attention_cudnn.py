@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -80,10 +81,17 @@ def _kernels() -> Any:
         from jax._src.cudnn import fused_attention_stablehlo as module
     except ImportError:
         return None
-    known = {"bias", "q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets", "scale", "mask_type"}
-    known |= {"qkv_layout", "sliding_window_length"}
-    call = getattr(module, "dot_product_attention", None)
-    fits = call is not None and known <= set(inspect.signature(call).parameters)
+    calls = {
+        "_dot_product_attention": 10 + 9,  # operands and options
+        "_dot_product_attention_fwd_rule": 10 + 9,
+        "_dot_product_attention_bwd_rule": 9 + 2,  # options, what was kept, the gradient
+    }
+    found = {name: getattr(module, name, None) for name in calls}
+    fits = all(
+        function is not None and len(inspect.signature(function).parameters) == calls[name]
+        for name, function in found.items()
+    )
+    fits = fits and all(hasattr(module, name) for name in ("MaskType", "AttentionLayout"))
     return module if fits else None
 
 
@@ -101,10 +109,7 @@ def _by_lengths(q, k, v, visible: Visibility, window, scale, most_segments: int)
         lengths, offsets = spans(segments, most_segments)
         options = {"q_seqlen": lengths, "kv_seqlen": lengths}
         options |= {"q_offsets": offsets, "kv_offsets": offsets}
-    y = cudnn.dot_product_attention(
-        q, k, v, scale=scale, mask_type=mask, sliding_window_length=window, **options
-    )
-    return _only(real, y)
+    return _only(real, _call(q, k, v, scale=scale, mask=mask, window=window, **options))
 
 
 def spans(
@@ -127,6 +132,47 @@ def _only(real: Bool[Array, "B T"], x: Float[Array, "B T N H"]) -> Float[Array, 
     return jnp.where(real[:, :, None, None], x, 0)
 
 
+def _call(q, k, v, *, scale, mask, window, bias=None, **lengths):
+    """Calls the kernel, naming what its backward pass reads, so that remat need not run it again.
+
+    JAX's own function names nothing.
+    """
+    cudnn = _kernels()
+    absent = jnp.zeros(0, q.dtype)
+    names = ("q_seqlen", "kv_seqlen", "q_offsets", "kv_offsets")
+    extra = [absent if bias is None else bias, *(lengths.get(name, absent) for name in names)]
+    extra += [absent, absent]  # page tables
+    layout, version = cudnn.AttentionLayout.BTNH.value, cudnn.check_cudnn_version()
+    seed, dropout = 42, 0.0
+    options = (
+        scale,
+        seed,
+        dropout,
+        (bias is not None, False),
+        mask,
+        layout,
+        window,
+        version,
+        False,
+    )
+
+    @jax.custom_vjp
+    def run(q, k, v):
+        return cudnn._dot_product_attention(q, k, v, *extra, *options)
+
+    def forward(q, k, v):
+        _, kept = cudnn._dot_product_attention_fwd_rule(q, k, v, *extra, *options)
+        *kept, statistics, y = kept
+        statistics, y = (checkpoint_name(x, "attention") for x in (statistics, y))
+        return y, (*kept, statistics, y)
+
+    def backward(kept, dy):
+        return cudnn._dot_product_attention_bwd_rule(*options, kept, dy)[:3]
+
+    run.defvjp(forward, backward)
+    return run(q, k, v)
+
+
 def _by_bias(q, k, v, visible: Visibility, window, scale):
     """Any mask, added to the scores; blocks that nothing causal sees are skipped all the same."""
     cudnn = _kernels()
@@ -137,7 +183,5 @@ def _by_bias(q, k, v, visible: Visibility, window, scale):
     bias = jnp.pad(bias, ((0, 0), (0, 0), (0, padding), (0, padding)), constant_values=hidden)
     q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q, k, v))
     mask = cudnn.MaskType.CAUSAL if visible.causal else cudnn.MaskType.NO_MASK
-    y = cudnn.dot_product_attention(
-        q, k, v, jax.lax.stop_gradient(bias), scale=scale, mask_type=mask
-    )
+    y = _call(q, k, v, bias=bias, scale=scale, mask=mask, window=None)
     return y[:, : y.shape[1] - padding]

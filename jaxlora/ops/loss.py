@@ -7,6 +7,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+def tokens_per_chunk(vocab_size: int) -> int:
+    """Returns how many tokens have their float32 logits in memory at once: 256 MiB of them.
+
+    >>> tokens_per_chunk(128_256), tokens_per_chunk(32_000)
+    (512, 1024)
+    """
+    return max(64, min(1024, 2**26 // vocab_size // 64 * 64))
+
+
 def chunked_cross_entropy(
     logits_of: Callable[[Float[Array, "B C D"]], Float[Array, "B C V"]],
     hidden: Float[Array, "B T D"],
@@ -15,11 +24,13 @@ def chunked_cross_entropy(
     *,
     chunk_tokens: int = 1024,
     parts: int = 1,
+    head_trains: bool = True,
 ) -> Float[Array, ""]:
     """Returns the weighted SUM of token losses in nats; the caller divides by the sum of weights.
 
-    Positions are cut into chunks of about `chunk_tokens` tokens (over the whole batch), each
-    chunk's logits are recomputed in the backward pass, so ``[B, T, V]`` never exists.
+    Positions are cut into chunks of about `chunk_tokens` tokens (over the whole batch), so
+    ``[B, T, V]`` never exists. A chunk's logits are recomputed in the backward pass; where nothing
+    but `hidden` has a gradient, it is computed along with the loss instead, and kept.
 
     Args:
       logits_of: maps hidden states to float32 logits.
@@ -29,6 +40,7 @@ def chunked_cross_entropy(
       chunk_tokens: tokens per chunk, >= 1.
       parts: into how many runs the tokens of a row are split over devices; a chunk then has a share
         of each, so that all of them work on all chunks.
+      head_trains: whether `logits_of` depends on anything that trains.
     """
     batch, length, _ = hidden.shape
     parts = parts if length % parts == 0 else 1
@@ -42,13 +54,46 @@ def chunked_cross_entropy(
         x = jnp.pad(x, ((0, 0), (0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 3))
         return jnp.moveaxis(x.reshape(batch, parts, num_chunks, chunk, *x.shape[3:]), 2, 0)
 
-    @jax.checkpoint
-    def add_chunk(total, chunk_of):
-        hidden_chunk, target, weight = chunk_of
+    def loss_of(hidden_chunk, target, weight):
         logits = logits_of(hidden_chunk)
         picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
         token_loss = jax.nn.logsumexp(logits, axis=-1) - picked
-        return total + jnp.sum(token_loss * weight), None
+        return jnp.sum(token_loss * weight)
+
+    if not head_trains:
+        return _with_gradient(loss_of, cut, hidden, (cut(targets), cut(weights)))
+
+    @jax.checkpoint
+    def add_chunk(total, chunk_of):
+        return total + loss_of(*chunk_of), None
 
     chunks = (cut(hidden), cut(targets), cut(weights))
     return jax.lax.scan(add_chunk, jnp.zeros((), jnp.float32), chunks)[0]
+
+
+def _with_gradient(loss_of, cut, hidden, labels) -> Float[Array, ""]:
+    """The sum of ``loss_of(chunk, *label chunks)`` whose gradient is known once it is computed."""
+    zero = jnp.zeros((), jnp.float32)
+
+    @jax.custom_vjp
+    def total(hidden):
+        def add_chunk(sum_so_far, chunk_of):
+            return sum_so_far + loss_of(*chunk_of), None
+
+        return jax.lax.scan(add_chunk, zero, (cut(hidden), *labels))[0]
+
+    def forward(hidden):
+        chunks, whole = jax.vjp(cut, hidden)
+
+        def add_chunk(sum_so_far, chunk_of):
+            loss, gradient = jax.value_and_grad(loss_of)(*chunk_of)
+            return sum_so_far + loss, gradient
+
+        loss, gradients = jax.lax.scan(add_chunk, zero, (chunks, *labels))
+        return loss, whole(gradients)[0]
+
+    def backward(gradient, dloss):
+        return ((gradient * dloss).astype(gradient.dtype),)
+
+    total.defvjp(forward, backward)
+    return total(hidden)

@@ -4,6 +4,8 @@ They dispatch on the leaf (plain, `QuantizedArray`, `LoraArray`), so a model is 
 full fine-tuning, LoRA, DoRA and QLoRA are the same forward pass over different leaves.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike as DType
@@ -30,7 +32,9 @@ def matmul(
         y = matmul(x, weight.base, out_dtype=out_dtype)
         return y.at[..., weight.index].set(matmul(x, weight.patch, out_dtype=out_dtype))
     else:
-        return jnp.matmul(x, weight.astype(x.dtype), preferred_element_type=out_dtype)
+        if out_dtype is not None and jnp.dtype(out_dtype) != x.dtype:
+            return _widened_matmul(x, weight.astype(x.dtype), jnp.dtype(out_dtype))
+        return jnp.matmul(x, weight.astype(x.dtype))
     return y if out_dtype is None else y.astype(out_dtype)
 
 
@@ -60,7 +64,9 @@ def unembed(x: Float[Array, "*batch D"], table: Weight) -> Float[Array, "*batch 
         logits = unembed(x, table.base)
         return logits.at[..., table.index].set(unembed(x, table.patch))
     table = materialize(table).astype(x.dtype)
-    return jnp.einsum("...D,VD->...V", x, table, preferred_element_type=jnp.float32)
+    if x.dtype == jnp.float32:
+        return jnp.einsum("...D,VD->...V", x, table)
+    return _widened_matmul(x, table.T, jnp.dtype(jnp.float32))
 
 
 def materialize(weight: Weight, dtype: DType | None = None) -> Float[Array, "*lead I O"]:
@@ -98,6 +104,28 @@ def _dora_gain(weight: LoraArray, merged: Float[Array, "*lead I O"]) -> Float[Ar
     # of zeros has no direction yet: the gain 1 lets B give it one, where PEFT divides 0 by 0.
     alone = (weight.scale[..., None] == 0) | (norm == 0)
     return jnp.where(alone, 1.0, weight.magnitude / jnp.where(alone, 1.0, norm))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _widened_matmul(x, weight, out_dtype):
+    return jnp.matmul(x, weight, preferred_element_type=out_dtype)
+
+
+def _widened_forward(x, weight, out_dtype):
+    return _widened_matmul(x, weight, out_dtype), (x, weight)
+
+
+def _widened_backward(out_dtype, residuals, dy):
+    # The gradient of logits is rounded as the hidden states are: autodiff would multiply it in
+    # float32, with a copy of the head as large.
+    x, weight = residuals
+    dy = dy.astype(x.dtype)
+    dx = jnp.einsum("...O,IO->...I", dy, weight)
+    dw = jnp.einsum("...I,...O->IO", x, dy, preferred_element_type=jnp.float32)
+    return dx, dw.astype(weight.dtype)
+
+
+_widened_matmul.defvjp(_widened_forward, _widened_backward)
 
 
 @jax.custom_vjp
@@ -144,17 +172,16 @@ def _low_rank_matmul(x, a, b, scale):
 
 
 def _low_rank_forward(x, a, b, scale):
-    h = jnp.matmul(x, a.astype(x.dtype))
-    y = jnp.matmul(h, b.astype(x.dtype)) * scale.astype(x.dtype)
-    return y, (x, h, a, b, scale)
+    # The scale goes to the narrow sides, so that a device can add the product up with the base's.
+    h = jnp.matmul(x, a.astype(x.dtype)) * scale.astype(x.dtype)
+    return jnp.matmul(h, b.astype(x.dtype)), (x, h, a, b, scale)
 
 
 def _low_rank_backward(residuals, dy):
     # Contractions over tokens: autodiff's (dy^T h)^T makes XLA transpose the large dy instead
     # (1.5 to 1.7 times slower steps on a CPU, equal losses).
     x, h, a, b, scale = residuals
-    dy = dy * scale.astype(dy.dtype)
-    dh = jnp.einsum("...O,RO->...R", dy, b.astype(dy.dtype))
+    dh = jnp.einsum("...O,RO->...R", dy, b.astype(dy.dtype)) * scale.astype(dy.dtype)
     db = jnp.einsum("...R,...O->RO", h, dy, preferred_element_type=jnp.float32)
     da = jnp.einsum("...R,...I->RI", dh, x, preferred_element_type=jnp.float32).T
     dx = jnp.einsum("...R,IR->...I", dh, a.astype(dh.dtype))

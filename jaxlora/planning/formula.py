@@ -9,13 +9,13 @@ from typing import Any
 import jax
 
 from jaxlora.ops.arrays import QuantizedArray
+from jaxlora.ops.loss import tokens_per_chunk
 from jaxlora.planning.compiled import describe
 from jaxlora.planning.estimate import Estimate, Memory, Traffic, bytes_per_device
 from jaxlora.planning.hardware import Hardware
 from jaxlora.planning.program import Program
 
-# Tokens of a chunk of logits (`ops.loss`), and how many float32 copies of them live at once.
-_CHUNK = 1024
+# How many float32 copies of a chunk of logits (`ops.loss`) live at once.
 _LOGIT_COPIES = 2
 # Copies of the widest activations of a layer that live while it is gone back through.
 _LAYER_COPIES = 3
@@ -70,8 +70,8 @@ def _activations(program: Program) -> float:
     stream, attention, wide = _widths(program)
     saved = {
         "full": stream,
-        "attention": stream + attention,
-        "matmuls": stream + attention + 2 * wide,
+        "attention": 2 * stream + attention,
+        "matmuls": 2 * stream + attention + 2 * wide,
         "none": 4 * stream + 2 * attention + 4 * wide,
     }[program.shape.transformer.remat]
     return program.shape.cfg.num_layers * tokens * number * saved
@@ -82,7 +82,7 @@ def _workspace(program: Program) -> float:
     cfg = program.shape.cfg
     tokens, number, split, rows = _sizes(program)
     stream, attention, wide = _widths(program)
-    chunk = min(max(_CHUNK, rows), tokens)
+    chunk = min(max(tokens_per_chunk(cfg.vocab_size), rows), tokens)
     loss = _LOGIT_COPIES * 4.0 * chunk * cfg.vocab_size / split + 3 * tokens * stream * number
     layer = _LAYER_COPIES * tokens * number * (stream + attention + wide)
     return max(loss, layer + _unpacked(program)) + _head(program)

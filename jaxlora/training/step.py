@@ -18,7 +18,7 @@ from jaxlora.core.tree import Tree, unflatten
 from jaxlora.lora import Target
 from jaxlora.lora.parts import fill
 from jaxlora.models.transformer import Transformer, bind
-from jaxlora.ops.loss import chunked_cross_entropy
+from jaxlora.ops.loss import chunked_cross_entropy, tokens_per_chunk
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -51,13 +51,30 @@ def _read(transformer: Transformer, params: Tree, batch: Batch) -> tuple[Any, ..
     return model, hidden, targets, weights
 
 
-def batch_loss(transformer: Transformer, params: Tree, batch: Batch) -> Float[Array, ""]:
+def batch_loss(
+    transformer: Transformer, params: Tree, batch: Batch, *, head_trains: bool = True
+) -> Float[Array, ""]:
     """Returns the sum of the weighted losses in nats of a ``[rows, T]`` batch.
 
     A loss for each token, or in a classifier for each row.
     """
     model, hidden, targets, weights = _read(transformer, params, batch)
-    return chunked_cross_entropy(model.logits, hidden, targets, weights, parts=transformer.context)
+    return chunked_cross_entropy(
+        model.logits,
+        hidden,
+        targets,
+        weights,
+        chunk_tokens=tokens_per_chunk(transformer.cfg.vocab_size),
+        parts=transformer.context,
+        head_trains=head_trains,
+    )
+
+
+def _head_trains(transformer: Transformer, trainable: Tree) -> bool:
+    """Whether anything between the last hidden states and the logits trains."""
+    parts = ("lm_head/", "classifier/", "head_transform/")
+    parts += ("embed/",) if transformer.cfg.tie_embedding else ()
+    return any(path.startswith(parts) for path in (*trainable["params"], *trainable["adapter"]))
 
 
 def make_train_step(
@@ -82,12 +99,14 @@ def make_train_step(
         that the second step does not compile anew.
     """
     placed = jax.tree.map(lambda x: x.sharding, like)
+    head_trains = _head_trains(transformer, like[0])
 
     def step(trainable, opt_state, frozen, batch: Batch, number: Int[Array, ""]):
         step_key = jax.random.fold_in(seed_key, number)
 
         def loss_of(trainable, micro_batch, key):
-            return batch_loss(transformer, weights(trainable, frozen, targets, key), micro_batch)
+            params = weights(trainable, frozen, targets, key)
+            return batch_loss(transformer, params, micro_batch, head_trains=head_trains)
 
         def add_micro_batch(sums, inputs):
             micro_batch, index = inputs
@@ -135,7 +154,12 @@ def make_eval_step(transformer: Transformer, targets: Mapping[str, Target]) -> C
             return (
                 loss
                 + chunked_cross_entropy(
-                    model.logits, hidden, wanted, counted, parts=transformer.context
+                    model.logits,
+                    hidden,
+                    wanted,
+                    counted,
+                    chunk_tokens=tokens_per_chunk(transformer.cfg.vocab_size),
+                    parts=transformer.context,
                 ),
                 confusion,
             ), None

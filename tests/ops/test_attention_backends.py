@@ -164,7 +164,7 @@ def test_cudnn_is_left_alone_where_its_interface_is_another(monkeypatch):
     def other(query, key, value):
         raise AssertionError
 
-    monkeypatch.setattr(fused_attention_stablehlo, "dot_product_attention", other)
+    monkeypatch.setattr(fused_attention_stablehlo, "_dot_product_attention_fwd_rule", other)
     assert "another interface" in attention_cudnn.missing()
 
 

@@ -53,6 +53,46 @@ def test_chunked_loss_and_gradients_equal_the_dense_ones(vocab, chunk_tokens):
         np.testing.assert_allclose(gradient, wanted_gradient, rtol=2e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunk_tokens", [3, 15, 1024])
+def test_gradient_known_with_the_loss_is_the_one_computed_later(chunk_tokens):
+    hidden, head, targets, weights = problem(131)
+
+    def loss(hidden, head_trains):
+        total = chunked_cross_entropy(
+            lambda h: h @ head,
+            hidden,
+            targets,
+            weights,
+            chunk_tokens=chunk_tokens,
+            head_trains=head_trains,
+        )
+        return 0.5 * total
+
+    # Jitted, as a step is: then the head is a tracer that the function closes over.
+    wanted, got = (
+        jax.jit(jax.value_and_grad(loss), static_argnums=1)(hidden, trains)
+        for trains in (True, False)
+    )
+    np.testing.assert_allclose(got[0], wanted[0], rtol=1e-6)
+    assert np.abs(wanted[1]).max() > 0.1
+    np.testing.assert_allclose(got[1], wanted[1], rtol=1e-5, atol=1e-6)
+
+
+def test_gradient_known_with_the_loss_makes_logits_once():
+    hidden, head, targets, weights = problem(131)
+
+    def products(head_trains):
+        def loss(hidden, head):
+            return chunked_cross_entropy(
+                lambda h: h @ head, hidden, targets, weights, head_trains=head_trains
+            )
+
+        return jax.jit(jax.value_and_grad(loss)).lower(hidden, head).as_text().count("dot_general")
+
+    assert products(True) == 3  # the logits twice, and their gradient times the head
+    assert products(False) == 2
+
+
 @pytest.mark.parametrize("weights", ["ones", "mask", "zeros"])
 def test_weights_pick_the_tokens_that_count(weights):
     inputs = problem(131, weights)

@@ -243,3 +243,20 @@ def test_no_dequantized_weight_is_kept_for_the_backward_pass(format, dora):
     assert largest_float_residual(lambda x: matmul(x, leaf), x) < IN * OUT
     # The same look at autodiff's own way does see one.
     assert largest_float_residual(lambda x: x @ dequantize(leaf.base), x) == IN * OUT
+
+
+def test_gradient_of_wide_products_is_that_of_float32_but_for_roundings():
+    """Logits are float32 of bfloat16 factors; their gradient is rounded before it is multiplied."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, w, dy = (
+        jax.random.normal(key, shape)
+        for key, shape in zip(keys, ((5, 64), (64, 96), (5, 96)), strict=True)
+    )
+    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    y, back = jax.vjp(lambda x, w: matmul(x, w, out_dtype=jnp.float32), x, w)
+    assert y.dtype == jnp.float32
+    exact, exact_back = jax.vjp(jnp.matmul, x.astype(jnp.float32), w.astype(jnp.float32))
+    np.testing.assert_allclose(y, exact, rtol=1e-5, atol=1e-5)
+    for got, wanted in zip(back(dy), exact_back(dy), strict=True):
+        assert got.dtype == jnp.bfloat16
+        assert np.abs(np.asarray(got, np.float32) - wanted).max() < 2**-7 * np.abs(wanted).max()
