@@ -82,7 +82,9 @@ def measure(subject: Any, rows: int, length: int, remat: str) -> dict[str, Any]:
     turns = [turn(steps) for _ in range(GROUPS)]
     seconds = [each for _, each in turns]
     peak = peak_bytes()
+    kernels = profile(lambda: turn(1)) if os.environ.get("GPU_PROFILE") else {}
     return {
+        "kernels_ms": kernels,
         "rows": rows,
         "length": length,
         "remat": remat,
@@ -97,6 +99,29 @@ def measure(subject: Any, rows: int, length: int, remat: str) -> dict[str, Any]:
         "peak_bytes": peak if peak != before or before is None else None,
         **throughput(subject, rows, length, statistics.median(seconds)),
     }
+
+
+def profile(run: Any) -> dict[str, float]:
+    """Returns the GPU's milliseconds in each kernel of one run, the 40 largest."""
+    import collections
+    import tempfile
+
+    import jax
+
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(file))
+    total: dict[str, float] = collections.defaultdict(float)
+    for plane in data.planes:
+        if "GPU" in plane.name:
+            for line in plane.lines:
+                if line.name.startswith("Stream"):
+                    for event in line.events:
+                        total[event.name] += event.duration_ns / 1e6
+    largest = sorted(total.items(), key=lambda item: -item[1])[:40]
+    return {name[:120]: round(ms, 3) for name, ms in largest}
 
 
 def throughput(subject: Any, rows: int, length: int, step_s: float) -> dict[str, Any]:
@@ -202,7 +227,13 @@ def run(cases: dict[str, list[tuple[int, int, str]]], seconds: float, output: Pa
             continue
         command = [sys.executable, __file__, "--worker", case, json.dumps(cells)]
         variables = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", **os.environ}
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables) as process:
+        said = output.with_suffix(".stderr")
+        with (
+            said.open("w") as errors,
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=errors, text=True, env=variables
+            ) as process,
+        ):
             assert process.stdout is not None
             timer = _killed_after(process, left)
             for line in process.stdout:
@@ -212,6 +243,10 @@ def run(cases: dict[str, list[tuple[int, int, str]]], seconds: float, output: Pa
                 print(line.strip()[:400], flush=True)
                 output.write_text(json.dumps(result, indent=1) + "\n")
             timer.cancel()
+        if process.returncode:
+            last = " ".join(said.read_text().split())[-600:]
+            result.setdefault("broke_off", {})[case] = f"exit status {process.returncode}: {last}"
+            print(case, result["broke_off"][case], flush=True)
     output.write_text(json.dumps(result, indent=1) + "\n")
 
 
