@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from safetensors.flax import load_file, save_file
 from tiny_corpus import base_rows, classification_rows, held_out_lists, quickstart_rows
+from tiny_dialogues import conversation_rows, tool_rows
 from tiny_tokenizer import BOS, EOS, PAD, save_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +110,9 @@ def main() -> None:
         write_rows(ASSETS / "quickstart" / f"{name}.jsonl", rows)
         rows = classification_rows(SEED, count * 2 // 5, held_out=held_out)
         write_rows(ASSETS / "classification" / f"{name}.jsonl", rows)
+        for task, rows_of in (("dialogues", conversation_rows), ("tools", tool_rows)):
+            rows = rows_of(SEED, count // 5, held_out=held_out)
+            write_rows(ASSETS / task / f"{name}.jsonl", rows)
     texts = write_text()
     write_folder(ASSETS / "tiny-llama", texts)
     if options.no_weights:

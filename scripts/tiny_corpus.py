@@ -234,7 +234,7 @@ def fact_as_yaml(fact: Fact) -> str:
     return "\n".join(f"{name}: {value}" for name, value in fields(fact).items())
 
 
-def _told_facts(name: str, seed: int, count: int, held_out: bool) -> dict[str, Fact]:
+def told_facts(name: str, seed: int, count: int, held_out: bool) -> dict[str, Fact]:
     """Distinct texts, each with its fact, from one side of the held-out split."""
     rng = random.Random(f"{name} {'test' if held_out else 'train'} {seed}")
     told: dict[str, Fact] = {}
@@ -250,7 +250,7 @@ def _told_facts(name: str, seed: int, count: int, held_out: bool) -> dict[str, F
 
 def quickstart_rows(seed: int, count: int, *, held_out: bool) -> list[dict]:
     """Distinct rows of the quickstart's task from one side of the held-out split."""
-    told = _told_facts("quickstart", seed, count, held_out)
+    told = told_facts("quickstart", seed, count, held_out)
     return [
         {"messages": _turns(INSTRUCTION + text, fact_as_yaml(fact))} for text, fact in told.items()
     ]
@@ -262,7 +262,7 @@ _GAINED, _PARTED = ("buy", "find"), ("sell", "lose", "drop", "leave")
 
 def classification_rows(seed: int, count: int, *, held_out: bool) -> list[dict]:
     """Distinct texts from one side of the held-out split, with what becomes of the things."""
-    told = _told_facts("classification", seed, count, held_out)
+    told = told_facts("classification", seed, count, held_out)
 
     def label(fact: Fact) -> str:
         return "gained" if fact.verb in _GAINED else "parted" if fact.verb in _PARTED else "kept"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from jaxlora.cli import configuration, launching, models, planning, runs
 from jaxlora.cli.compilation import use_compilation_cache
+from jaxlora.cli.environment import check_environment
 from jaxlora.core.errors import UserError
 from jaxlora.core.version import __version__
 
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.overrides = rest
     use_compilation_cache()
     try:
+        check_environment(os.environ)
         return options.run(options) or 0
     except UserError as error:
         for line in str(error).splitlines():

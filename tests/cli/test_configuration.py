@@ -137,6 +137,13 @@ def test_stray_shortened_and_repeated_arguments_are_refused(arguments, words, wr
     assert list(Path.cwd().iterdir()) == []
 
 
+def test_a_misspelt_environment_variable_is_refused(write, capsys, monkeypatch):
+    monkeypatch.setenv("JAXLORA_CAHCE", "/elsewhere")
+    assert main(["config", "check", write(**MINIMAL)]) == 2
+    assert "JAXLORA_CAHCE is no variable of jaxlora" in (error := capsys.readouterr().err)
+    assert 'Did you mean "JAXLORA_CACHE"?' in error
+
+
 def test_dry_run_says_the_numbers_of_the_run_and_writes_nothing(
     write, tmp_path, write_tiny_llama, capsys, monkeypatch
 ):

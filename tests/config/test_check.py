@@ -13,9 +13,10 @@ from jaxlora.config.datasets import (
     PromptFormat,
     SpecialTokens,
 )
-from jaxlora.config.keys import IMPLIED, MAPPED, NO_OP, REFUSED
+from jaxlora.config.keys import DATASET_REFUSED, IMPLIED, MAPPED, NO_OP, REFUSED
 from jaxlora.config.load import load_config
 from jaxlora.config.schema import Config
+from jaxlora.config.wording import expected
 from jaxlora.core.errors import UserError
 
 
@@ -116,6 +117,28 @@ def test_typos_of_any_nested_key_are_refused_and_suggest_it():
     assert sum(right) >= 0.95 * len(right)
 
 
+def test_every_key_in_a_wrong_section_is_refused_and_its_section_named():
+    known = {*Config.model_fields, *NO_OP, *REFUSED, *MAPPED, *IMPLIED}
+    down = [
+        (place, name)
+        for place, (_, section) in NESTED.items()
+        for name in set(section.model_fields) - known
+    ]
+    for place, name in down:
+        # data_files, split and others are keys of several sections.
+        message = error_of(MINIMAL | {name: 1})
+        assert "it belongs under " in message, (place, name)
+    up = 0
+    for place, (wrap, section) in NESTED.items():
+        for name in set(Config.model_fields) - {"foreign"} - set(section.model_fields):
+            message = error_of(MINIMAL | {place.split()[0]: wrap({name: 1})})
+            # A data set of Axolotl has a seed of its own, which is refused for another reason.
+            assert name in DATASET_REFUSED or "key here; it belongs " in message, (place, name)
+            up += 1
+    assert len(down) > 40
+    assert up > 500
+
+
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), True, "many", [1.5]])
 def test_numeric_keys_refuse_what_is_no_number_in_range(value):
     numeric = [
@@ -126,6 +149,44 @@ def test_numeric_keys_refuse_what_is_no_number_in_range(value):
     assert len(numeric) > 10
     for name in numeric:
         assert f": {name}: expected" in error_of(LORA | {name: value}), name
+
+
+# What the ends of the ranges are for. Whatever else is 0 or 1e9 is refused by name.
+ZERO = """adam_beta1 adam_beta2 cosine_constant_lr_ratio cosine_min_lr_ratio evals_per_epoch
+    lora_dropout max_bad_rows max_grad_norm min_sample_len saves_per_epoch seed stall_timeout
+    val_set_size warmup_ratio warmup_steps weight_decay""".split()
+BILLION = """adam_epsilon eval_steps lora_alpha loraplus_lr_embedding loraplus_lr_ratio
+    loss_watchdog_threshold max_grad_norm num_epochs save_steps stall_timeout val_set_size
+    warmup_steps weight_decay""".split()
+
+
+@pytest.mark.parametrize(("value", "allowed"), [(0, ZERO), (1e9, BILLION), (10**9, BILLION)])
+def test_numeric_keys_take_the_ends_of_a_range_where_they_mean_something(value, allowed):
+    taken = []
+    for name, field in Config.model_fields.items():
+        words = expected(field.annotation, field.metadata)
+        if "number" not in words or "list" in words or "mapping" in words:
+            continue
+        try:
+            load_config(LORA | {"datasets": MINIMAL["datasets"], name: value})
+        except UserError as error:
+            # A rule with another key says no: in range by itself.
+            taken += [name] if f": {name}: expected" not in str(error) else []
+        else:
+            taken.append(name)
+    assert set(taken) == set(allowed), value
+
+
+def test_null_is_the_default_and_numbers_in_quotes_are_read_only_where_fractions_are():
+    defaults = load_config(LORA)
+    for name, field in Config.model_fields.items():
+        words = expected(field.annotation, field.metadata)
+        if "number" not in words or "list" in words or "mapping" in words:
+            continue
+        if not field.is_required() and name not in LORA:
+            assert getattr(load_config(LORA | {name: None}), name) == getattr(defaults, name)
+        if words.startswith("a whole number"):
+            assert f": {name}: expected" in error_of(LORA | {name: "3.7"}), name
 
 
 @pytest.mark.parametrize(
