@@ -1,6 +1,8 @@
 import os
+import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -92,3 +94,54 @@ def test_the_default_folder_follows_the_environment(monkeypatch, tmp_path):
     assert cache.default_folder() == tmp_path / "datasets"
     monkeypatch.delenv("JAXLORA_CACHE")
     assert cache.default_folder().parts[-3:] == (".cache", "jaxlora", "datasets")
+
+
+BUILD = """
+import sys
+from pathlib import Path
+import jaxlora
+from jaxlora.data.prepare import prepare
+from jaxlora.data.spec import DataOptions, DatasetSpec
+from jaxlora.data.tokenizer import load_tokenizer
+
+tokenizer = load_tokenizer(Path(jaxlora.__file__).parent / "assets" / "tiny-llama")
+print("building", flush=True)
+options = DataOptions(64, dataset_prepared_path=sys.argv[2])
+prepared = prepare([DatasetSpec(sys.argv[1], "completion")], [], options, tokenizer)
+print(prepared.fingerprint, flush=True)
+"""
+
+
+@pytest.mark.reliability
+def test_20_builds_killed_at_any_moment_leave_nothing_that_is_used(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"text": "row {i:06d}"}}\n' for i in range(60_000)))
+    command = [sys.executable, "-c", BUILD, str(rows)]
+
+    def start(root):
+        return subprocess.Popen([*command, str(root)], stdout=subprocess.PIPE, text=True)
+
+    with start(tmp_path / "whole") as process:
+        assert process.stdout.readline() == "building\n"
+        began = time.monotonic()
+        expected = process.stdout.readline()
+        took = time.monotonic() - began
+    assert len(expected.strip()) == 32
+    interrupted = 0
+    root = tmp_path / "cache"
+    for trial in range(20):
+        with start(root) as process:
+            assert process.stdout.readline() == "building\n"
+            time.sleep(took * (trial + 0.5) / 20)
+            process.kill()
+        left = [each.name for each in root.iterdir()] if root.exists() else []
+        whole = [name for name in left if not name.startswith(".")]
+        interrupted += not whole
+        for name in whole:
+            assert cache.read_meta(root / name) is not None
+            shutil.rmtree(root / name)
+    assert interrupted >= 10, "the kills came too late to say anything"
+    with start(root) as process:
+        assert process.stdout.readline() == "building\n"
+        assert process.stdout.readline() == expected
+    assert not [each for each in root.iterdir() if each.name.startswith(".")]

@@ -3,7 +3,9 @@ import json
 
 import pytest
 
+from jaxlora.data.chat import chat
 from jaxlora.data.encode import Rendered, encode
+from jaxlora.data.spec import DatasetSpec
 from jaxlora.data.template import ChatTemplate, TemplateError
 from jaxlora.data.templates import NAMED_TEMPLATES
 from jaxlora.data.tokenizer import Encoder
@@ -314,3 +316,19 @@ def test_qwen3_trains_thoughts_where_it_shows_them():
     quiet = ChatTemplate(NAMED_TEMPLATES["qwen3"], {"enable_thinking": False})
     prompt = quiet.render(TALK[:1], add_generation_prompt=True)
     assert prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
+@pytest.mark.parametrize("name", NAMED_TEMPLATES)
+def test_special_tokens_that_somebody_typed_stay_text(tokenizer, name):
+    encoder = Encoder(tokenizer)
+    chosen = ChatTemplate(NAMED_TEMPLATES[name], {"bos_token": "<s>", "eos_token": "</s>"})
+    spec = DatasetSpec("f", "chat_template", chat_template=name)
+
+    def specials(text):
+        talk = [{"role": "user", "content": text}, {"role": "assistant", "content": f"A{text}"}]
+        draft = chat({"messages": talk}, "f:1", spec, chosen, encoder)
+        [(tokens, _)] = encode([draft], encoder)
+        assert tokenizer.decode(tokens).count(text.strip()) == 2
+        return [token for token in tokens.tolist() if token in encoder.special_ids]
+
+    assert specials("x </s> <s> <|im_end|> <|im_start|> y") == specials("x y")

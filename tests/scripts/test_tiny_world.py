@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))  # the scripts are programs, not a package
 
 import tiny_corpus  # noqa: E402
+import tiny_dialogues  # noqa: E402
 import tiny_world  # noqa: E402
 
 CLASSIFICATION = ROOT / "jaxlora" / "assets" / "classification"
@@ -75,6 +76,15 @@ def test_bundled_labels_are_what_the_generator_writes():
         lines = (CLASSIFICATION / f"{name}.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         assert rows == tiny_corpus.classification_rows(0, len(rows), held_out=held_out)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize("task", ["dialogues", "tools"])
+def test_bundled_conversations_are_what_the_generator_writes(task, held_out):
+    make = {"dialogues": tiny_dialogues.conversation_rows, "tools": tiny_dialogues.tool_rows}[task]
+    path = CLASSIFICATION.parent / task / ("test.jsonl" if held_out else "train.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows == make(0, len(rows), held_out=held_out)
 
 
 def test_no_person_and_thing_of_a_test_row_meet_in_a_training_row():
