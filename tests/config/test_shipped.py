@@ -1,3 +1,4 @@
+import dataclasses
 import re
 from pathlib import Path
 
@@ -8,7 +9,10 @@ from minimal_configs import LORA, MINIMAL
 from jaxlora.config import derived
 from jaxlora.config.load import dump_config, load_config
 from jaxlora.config.notes import notes
-from jaxlora.config.settings import data_options, lora_config, train_specs
+from jaxlora.config.settings import data_options, held_out_specs, lora_config, train_specs
+from jaxlora.data.prepare import prepare
+from jaxlora.data.spec import Labels
+from jaxlora.data.tokenizer import load_tokenizer
 
 FOLDER = Path(__file__).parents[2] / "configs"
 FILES = sorted(path for path in FOLDER.iterdir() if path.suffix in (".yml", ".py"))
@@ -27,6 +31,10 @@ def test_the_shipped_set_is_complete():
         "continued-pretraining.yml",
         "encoder-mlm.yml",
         "classification.yml",
+        "int8.yml",
+        "chat.yml",
+        "tool-use.yml",
+        "long-context.yml",
         "llama_3_8b_qlora.py",
     }
 
@@ -49,6 +57,26 @@ def test_shipped_file_says_how_to_run_itself(path):
     head = path.read_text()[:600]
     assert re.search(rf"Command: +jaxlora train configs/{re.escape(path.name)}", head)
     assert "Hardware:" in head
+
+
+# Those that need no network: the model is the embedded one, the data are bundled.
+LOCAL = [path for path in FILES if "jaxlora/assets" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", LOCAL, ids=lambda path: path.name)
+def test_local_file_prepares_its_data_and_trains_every_answer(path, tmp_path):
+    config = load_config(path)
+    tokenizer = load_tokenizer(Path(config.base_model))
+    labels = Labels(3, ("gained", "kept", "parted")) if config.num_labels else None
+    options = dataclasses.replace(
+        data_options(config, labels), dataset_prepared_path=str(tmp_path / "cache")
+    )
+    report = prepare(train_specs(config), held_out_specs(config), options, tokenizer).report
+    for source in (*report.train_sources, *report.test_sources):
+        assert source.kept == source.read > 0
+        assert source.truncated == source.divided == 0
+    # A classifier learns its labels, not its tokens.
+    assert report.train.trained_tokens > 0 or report.train.labels
 
 
 def test_quickstart_finds_its_files_from_anywhere(tmp_path, monkeypatch):

@@ -10,7 +10,9 @@ import yaml
 from safetensors.numpy import load_file
 
 from jaxlora.config.derived import OPTIMIZERS
+from jaxlora.config.load import load_config
 from jaxlora.core.errors import UserError
+from jaxlora.training.loop import train
 
 RATES = {"adamw": 1e-2, "lion": 3e-3, "sgd": 1.0, "adafactor": 1e-2, "muon": 1e-2}
 FULL = {"adapter": None, "lora_r": None, "lora_alpha": None, "lora_target_linear": None}
@@ -45,6 +47,15 @@ def test_a_run_leaves_adapter_metrics_curve_card_and_checkpoint(run, metrics_of,
     scope = {"folder": str(folder)}
     exec(card.split("```python\n")[1].split("```")[0], scope)  # what the card tells to do
     assert isinstance(scope["model"], peft.PeftModel)
+
+
+def test_a_run_from_the_configuration_it_saved_is_the_same_run(run, tmp_path):
+    first = run("first", max_steps=3, gradient_accumulation_steps=None, batch_size=4)
+    saved = yaml.safe_load((first.output_dir / "config.yml").read_text())
+    again = train(load_config(saved | {"output_dir": str(tmp_path / "again")}), quiet=True)
+    assert again.loss == first.loss
+    adapters = [each.output_dir / "adapter_model.safetensors" for each in (first, again)]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
 def test_a_checkpoint_in_the_last_step_is_no_trouble(run):
