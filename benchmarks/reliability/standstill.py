@@ -93,8 +93,8 @@ def leave_the_finite(subject: Subject, trials: int, say: Progress) -> Outcome:
 def _poison(step: int, value: float) -> None:
     make = Batches.batch
 
-    def batch(self: Batches, number: int) -> Any:
-        arrays = make(self, number)
+    def batch(self: Batches, number: int, rows: Any = None) -> Any:
+        arrays = make(self, number, rows)
         if self.shuffle and number == step:
             arrays["weights"] = arrays["weights"] * np.float32(value)
         return arrays

@@ -1,6 +1,7 @@
 """Batch i of a run as numpy arrays: a pure function of the table, the settings, the seed and i."""
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,8 +68,12 @@ class Batches:
         """How many examples a row holds at most."""
         return int(np.diff(self.plan.offsets).max())
 
-    def batch(self, step: int) -> dict[str, NDArray]:
+    def batch(self, step: int, rows: Collection[int] | None = None) -> dict[str, NDArray]:
         """Batch `step` (from 0, over all epochs).
+
+        Args:
+            step: number of the batch.
+            rows: of each micro-batch, those that are read; the others stay empty. None for all.
 
         Returns:
             tokens, targets (the next token of the same segment, else 0), positions (from 0 in each
@@ -89,8 +94,9 @@ class Batches:
         if self.token_types:
             arrays["token_types"] = np.zeros(shape, np.int32)
         for row, planned in enumerate(chosen):
-            self._fill({name: array[row] for name, array in arrays.items()}, int(planned))
-        self._check(arrays, step)
+            if rows is None or row % self.rows in rows:
+                self._fill({name: array[row] for name, array in arrays.items()}, int(planned))
+        self._check(arrays, step, whole=rows is None)
         full = (self.accumulation, self.rows, self.length)
         whole = {name: array.reshape(full) for name, array in arrays.items()}
         return whole if self.masking is None else self.masking(whole, step)
@@ -98,6 +104,10 @@ class Batches:
     def examples(self, step: int) -> list[int]:
         """The examples of batch `step` by their numbers in the table, row by row."""
         return [int(each) for planned in self._chosen(step) for each in self.plan[int(planned)]]
+
+    def num_tokens(self, step: int) -> int:
+        """Tokens of batch `step`, padding left out, without reading them."""
+        return int(self.table.lengths[self.examples(step)].sum())
 
     def _chosen(self, step: int) -> NDArray[np.int64]:
         epoch, index = divmod(step, self.steps_per_epoch)
@@ -129,7 +139,7 @@ class Batches:
             self._order = (epoch, order)
         return self._order[1]
 
-    def _check(self, batch: dict[str, NDArray], step: int) -> None:
+    def _check(self, batch: dict[str, NDArray], step: int, *, whole: bool) -> None:
         """Refuses what a device would clamp in silence, or learn as noise."""
         if self.vocab_size is None:
             return
@@ -142,6 +152,6 @@ class Batches:
                     "model's."
                 )
         weights = batch["weights"]
-        if not ((weights == 0) | (weights == 1)).all() or not weights.any():
+        if not ((weights == 0) | (weights == 1)).all() or (whole and not weights.any()):
             kind = "weights other than 0 and 1" if weights.any() else "no trained token"
             raise UserError(f"batch {step} holds {kind}; the data cache is damaged.")

@@ -11,6 +11,7 @@ from jaxlora.core import axes
 from jaxlora.ops import integer
 from jaxlora.ops.arrays import CODED, DoubleQuantized, QuantizedArray
 from jaxlora.ops.layout import partition, ways
+from jaxlora.parallel import processes
 from jaxlora.parallel.arrays import place
 
 
@@ -113,7 +114,7 @@ class Placement:
     def batch(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Returns ``[accumulation, rows, T]`` arrays, rows and tokens split over the devices.
 
-        Every process holds the whole (small) batch and hands over only its own rows.
+        Every process hands over its own rows (`own_rows`); the others are not looked at.
         """
 
         def put(x):
@@ -121,6 +122,13 @@ class Placement:
             return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
         return {name: put(x) for name, x in arrays.items()}
+
+    def own_rows(self, rows: int) -> frozenset[int] | None:
+        """Returns which rows of a micro-batch this process hands over; None for all."""
+        if processes.count() == 1:
+            return None
+        split = self.sharding((axes.BATCH,), (rows,)).addressable_devices_indices_map((rows,))
+        return frozenset(row for (own,) in split.values() for row in range(rows)[own])
 
     def batch_sharding(self, shape: Sequence[int]) -> NamedSharding:
         """Returns how ``[accumulation, rows, T]`` arrays are split."""

@@ -242,8 +242,11 @@ class Run:
         """Does one step; returns its numbers and how many tokens it had."""
         plan, state = self.plan, self.state
         with self.phases("data"):
-            batch = plan.batches.batch(state.step)
+            rows = plan.model.placement.own_rows(plan.batches.rows)
+            batch = plan.batches.batch(state.step, rows)
             tokens = int(np.count_nonzero(batch["segment_ids"]))
+            if rows is not None:
+                tokens = plan.batches.num_tokens(state.step)
         # The first call compiles, and then there is nothing that is not saved.
         with self.phases("step"), self.interrupts.unsaved(when=self.stepped):
             trainable, opt_state, metrics = self.train_step(

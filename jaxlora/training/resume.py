@@ -17,6 +17,9 @@ from jaxlora.training.shared_store import open_store
 from jaxlora.training.state import TrainState, saved
 
 CHECKPOINTS = "checkpoints"
+_REMEDIES = {
+    "rows_per_step": "set batch_size to what it was (rows on all devices), whatever their number"
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +145,8 @@ def restore(origin: Origin, plan: Plan, state: TrainState, store: CheckpointStor
         if was.get(name) != now[name]:
             raise UserError(
                 f"resume_from_checkpoint: {name} was {was.get(name)!r} in the checkpoint and is "
-                f"{now[name]!r} now; put it back, or start anew in another output_dir."
+                f"{now[name]!r} now; {_REMEDIES.get(name, 'put it back')}, or start anew in "
+                "another output_dir."
             )
     return dataclasses.replace(
         state,

@@ -178,3 +178,30 @@ def test_chosen_examples_keep_their_order_without_shuffling():
     chosen = np.array([5, 2, 5, 30])
     batches = Batches(table_of(), sequence_len=64, rows=4, shuffle=False, examples=chosen)
     assert batches.batch(0)["tokens"][0, :, 0].tolist() == [1005, 1002, 1005, 1030]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(("rows", "accumulation"), [(1, 8), (2, 4), (4, 2)])
+def test_the_order_of_rows_depends_on_no_number_of_devices(packing, rows, accumulation):
+    """Micro-batches of one device, two and four hold the rows of one of eight, in order."""
+    shared = {"sequence_len": 64, "packing": packing, "seed": 5}
+    eight = Batches(table_of(), rows=8, accumulation=1, **shared)
+    fewer = Batches(table_of(), rows=rows, accumulation=accumulation, **shared)
+    assert eight.steps_per_epoch == fewer.steps_per_epoch
+    for step in range(2 * eight.steps_per_epoch):
+        for name, array in fewer.batch(step).items():
+            np.testing.assert_array_equal(array.reshape(8, -1), eight.batch(step)[name][0])
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_process_reads_its_own_rows(packing, monkeypatch):
+    batches = Batches(table_of(), sequence_len=64, rows=4, accumulation=2, packing=packing)
+    whole = batches.batch(0)
+    read, get = [], TokenTable.__getitem__
+    monkeypatch.setattr(TokenTable, "__getitem__", lambda self, i: read.append(i) or get(self, i))
+    part = batches.batch(0, rows=(1, 2))
+    for name, array in part.items():
+        np.testing.assert_array_equal(array[:, 1:3], whole[name][:, 1:3])
+        assert not array[:, [0, 3]].any()
+    assert 0 < len(read) < len(batches.examples(0))
+    assert batches.num_tokens(0) == np.count_nonzero(whole["segment_ids"])

@@ -56,3 +56,21 @@ def test_half_an_address_is_refused(given, environment, message, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=f"^{message}"):
         processes.join(*given)
+
+
+def test_processes_that_differ_are_told_in_what():
+    program = str(Path(__file__).with_name("mismatches.py"))
+    commands = [[program, "{coordinator}", "2", str(i)] for i in range(2)]
+    done = loopback.run(commands, devices=[1, 2])
+    assert [each.returncode for each in done] == [0, 0], done[0].stderr + done[1].stderr
+    first, second = (json.loads(each.stdout.splitlines()[-1]) for each in done)
+    begins = {
+        "config": "learning_rate: 0.0001 on process 0 and 0.0002 on process 1",
+        "code": 'code of jaxlora: "code 0" on process 0 and "code 1" on process 1',
+        "jax": 'version of jax: "0.0" on process 0 and "0.1" on process 1',
+        "devices": "devices of a process: 1 on process 0 and 2 on process 1",
+        "data": 'datasets (tokens and their order): "tokens 0" on process 0 and "tokens 1"',
+    }
+    for name, begin in begins.items():
+        assert first[name] == second[name], "refused on all processes"
+        assert first[name].startswith(begin), name

@@ -179,10 +179,10 @@ def crash_at(monkeypatch) -> Callable[..., None]:
     make = Batches.batch
 
     def set_crash(step: int | None, error: BaseException | None = None) -> None:
-        def batch(self: Batches, number: int) -> Any:
+        def batch(self: Batches, number: int, rows: Any = None) -> Any:
             if number == step and self.shuffle:  # only training shuffles
                 raise error or RuntimeError("deliberate")
-            return make(self, number)
+            return make(self, number, rows)
 
         monkeypatch.setattr(Batches, "batch", batch)
 

@@ -19,8 +19,8 @@ def poison(monkeypatch, steps, value=np.nan):
     """Makes the loss of these training batches (from 0) not finite."""
     make = Batches.batch
 
-    def batch(self, step):
-        arrays = make(self, step)
+    def batch(self, step, rows=None):
+        arrays = make(self, step, rows)
         if step in steps and self.shuffle:
             arrays["weights"] = arrays["weights"] * np.float32(value)
         return arrays

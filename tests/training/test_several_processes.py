@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from jaxlora.core.errors import UserError
+
 PROGRAM = """
 import json, sys
 from jaxlora.cli import main
@@ -61,6 +63,39 @@ def test_two_processes_are_one(run, keys, metrics_of, tmp_path, cache):
     theirs = {**keys, **RUN, "micro_batch_size": 2, "output_dir": str(tmp_path / "two")}
     done = start(tmp_path / "two-run", theirs, 2, env=cache)
     check(tmp_path, "two", metrics_of, done)
+    # One process continues where two were.
+    there = str(tmp_path / "two" / "checkpoints" / "checkpoint-2")
+    run("continued", **RUN, resume_from_checkpoint=there)
+    whole, rest = (losses_of(metrics_of(tmp_path / name)) for name in ("one", "continued"))
+    np.testing.assert_allclose(rest, whole[2:], rtol=0, atol=TOLERANCE)
+    with pytest.raises(UserError, match=r"rows_per_step was 4 .* is 8 now; set batch_size to"):
+        run("other", **RUN | {"batch_size": 8}, resume_from_checkpoint=there)
+
+
+def check_continued(tmp_path, metrics_of, name, before):
+    """A run that changed its devices after `before` steps is the one that did not."""
+    whole, parts = (losses_of(metrics_of(tmp_path / each)) for each in ("one", name))
+    np.testing.assert_allclose(parts, whole[-len(parts) :], rtol=0, atol=TOLERANCE)
+    assert len(whole) - len(parts) in (0, before)
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("before", [1, 2, 4, 8])
+def test_a_run_continues_on_other_devices(run, keys, metrics_of, tmp_path, cache, before):
+    """n to m devices, and processes of up to two devices each, m in {1, 2, 4, 8}."""
+    keys = {**keys, **RUN, "batch_size": 8, "micro_batch_size": 1, "max_steps": 4}
+    run("one", **keys)
+    split = {"mesh": {"fsdp": min(before, 4), "data": max(before // 4, 1)}}
+    first = {**keys, **split, "output_dir": str(tmp_path / "first")}
+    (done,) = start(tmp_path / "first-run", first, 1, before, env=cache)
+    assert done.returncode == 0, done.stderr[-2000:]
+    there = str(tmp_path / "first" / "checkpoints" / "checkpoint-2")
+    for devices, processes in ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4), (2, 4)):
+        name = f"{processes}x{devices}"
+        second = {**keys, "output_dir": str(tmp_path / name), "resume_from_checkpoint": there}
+        done = start(tmp_path / f"{name}-run", second, processes, devices, env=cache)
+        assert [each.returncode for each in done] == [0] * processes, done[0].stderr[-2000:]
+        check_continued(tmp_path, metrics_of, name, 2)
 
 
 @pytest.mark.oracle
