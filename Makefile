@@ -34,6 +34,7 @@ families-table:
 reliability:
 	$(PYTHON) benchmarks/reliability
 	$(PYTHON) -m pytest -m "reliability" tests
+	$(PYTHON) -m pytest -m "reliability" tests
 
 quickstart:
 	jaxlora train configs/quickstart.yml

@@ -19,8 +19,8 @@ from signalled import signal_runs
 from standstill import leave_the_finite, stand_still
 from subject import Subject
 
-SLICE = {"runs": 1, "store": 8, "damage": 40, "signals": 0, "disk": 3, "folders": 3, "nan": 1}
-WHOLE = {"runs": 10, "store": 200, "damage": 400, "signals": 9, "disk": 20, "folders": 20, "nan": 8}
+SLICE = {"runs": 4, "store": 8, "damage": 40, "signals": 0, "disk": 3, "folders": 3, "nan": 1}
+WHOLE = {"runs": 50, "store": 200, "damage": 400, "signals": 6, "disk": 20, "folders": 20, "nan": 8}
 
 
 def main() -> int:

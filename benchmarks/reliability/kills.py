@@ -15,39 +15,41 @@ from jaxlora.checkpoints.manifest import leaf_paths
 from jaxlora.checkpoints.store import CheckpointStore
 
 # What each five kills of a run are aimed at; "any" is any moment of the training.
-AIMS = ("write", "write", "delete", "any", "any")
+AIMS = (
+    ("write", "write", "delete", "any", "any"),
+    ("write", "delete", "write", "any", "export"),
+)
 _LEAVES = 1 << 16
 
 
-def kill_runs(subject: Subject, chains: int, say: Progress) -> list[Outcome]:
-    """Kills each run five times, continues it, and compares it with the one never killed."""
+def kill_runs(subject: Subject, wanted: int, say: Progress) -> list[Outcome]:
+    """Kills each run up to five times, continues it, and compares it with the one never killed."""
     fell: collections.Counter[str] = collections.Counter()
-    kills, listed, failures, bad = 0, 0, [], []
-    for chain in range(chains):
+    kills, listed, chain, failures, bad = 0, 0, -1, [], []
+    while kills < wanted:
+        chain += 1
         folder = subject.root / f"killed-{chain}"
         own = 0
-        for aim in (*AIMS, *AIMS):  # again where one came too late
-            if own == len(AIMS):
-                break
-            if own and (found := subject.check(folder, finished=False)):
+        for aim in AIMS[chain % len(AIMS)][: wanted - kills]:
+            if own:
+                found = subject.check(folder, finished=False)
                 bad += [f"run {chain}: {each}" for each in found]
-            listed += 1
+                listed += 1
             window = _kill(subject, folder, aim, chain)
-            if window is not None:
-                own += 1
-                fell[window] += 1
-            else:
-                break
+            if window is None:
+                break  # it got through
+            own += 1
+            fell[window] += 1
         kills += own
         ended = subject.start(folder, save_total_limit=1 + chain % 2)
         found = subject.check(folder, finished=True) if ended.status == 0 else [ended.output[-300:]]
         failures += [f"run {chain}: {each}" for each in found]
-        say(f"kill -9: run {chain + 1} of {chains}, {kills} kills, {len(failures)} differences")
+        say(f"kill -9: run {chain + 1}, {kills} of {wanted} kills, {len(failures)} differences")
     where = ", ".join(f"{count} in {window}" for window, count in fell.most_common())
     good = kills if not failures else 0
     law = "kill -9 anywhere, continue: final adapter, optimizer, metrics bit-identical"
     return [
-        Outcome(law, good, kills, f"{chains} runs; {where}", tuple(failures)),
+        Outcome(law, good, kills, f"{chain + 1} runs; {where}", tuple(failures)),
         Outcome(
             "every checkpoint listed after a kill restores to the state of its step",
             listed - len(bad),
@@ -61,9 +63,7 @@ def kill_runs(subject: Subject, chains: int, say: Progress) -> list[Outcome]:
 def _kill(subject: Subject, folder: Path, aim: str, chain: int) -> str | None:
     """Starts or continues a run and kills it; returns in which window, None if it got through."""
     rng, limit = subject.rng, 1 + chain % 2  # with one checkpoint kept each save deletes one
-    left = (11 - steps_done(folder)) // 2
-    if left < 1:
-        return None
+    left = max((11 - steps_done(folder)) // 2, 1)
     if aim == "delete":
         event = rng.randint(1, 12)
         ended = subject.start(
@@ -76,6 +76,8 @@ def _kill(subject: Subject, folder: Path, aim: str, chain: int) -> str | None:
         if aim == "any":
             usual = subject.usual["data"] + subject.usual["step"] + subject.usual["write"]
             target = Aim("data", rng.randint(1, 2 * left), rng.random(), usual)
+        if aim == "export":
+            target = Aim("export", 1, rng.random(), subject.usual["export"])
         ended = subject.start(folder, target, save_total_limit=limit)
     if ended.status == 0:
         return None
