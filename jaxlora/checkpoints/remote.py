@@ -4,6 +4,7 @@ Object storage has no rename: a checkpoint counts once its manifest is there, wh
 goes away first. Its digests are those of all other files, so that a half is never taken for whole.
 """
 
+import contextlib
 import logging
 import shutil
 import threading
@@ -132,10 +133,11 @@ class Mirror:
 
     def _put(self, name: str) -> None:
         path = self.folder / name
-        if self._sent.get(name) == (state := _state(path)):
-            return
-        self._retry(lambda: self._storage.put_file(str(path), f"{self._root}/{name}"))
-        self._sent[name] = state
+        with contextlib.suppress(FileNotFoundError):  # replaced while others went up: next time
+            if self._sent.get(name) == (state := _state(path)):
+                return
+            self._retry(lambda: self._storage.put_file(str(path), f"{self._root}/{name}"))
+            self._sent[name] = state
 
     def _remove(self, step: int, there: dict[str, Any]) -> None:
         for name in reversed(_of_step(step, there)):
@@ -148,6 +150,8 @@ class Mirror:
             try:
                 work()
                 return
+            except FileNotFoundError:
+                raise
             except Exception as error:  # each library has errors of its own
                 if attempt == _ATTEMPTS - 1:
                     raise UserError(

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -65,6 +66,7 @@ class CheckpointStore:
         self._background = Background()
         self._position: int | None = None  # the step last saved or restored here
         self._swept = False
+        self.committed: Callable[[], None] = lambda: None  # called after each, by who writes it
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         """Copies `state` (a pytree of arrays) to the host and starts writing it.
@@ -195,6 +197,9 @@ class CheckpointStore:
             save_arrays(temporary / "state", arrays)
             manifests.seal(temporary, step, meta, manifests.describe(arrays))
             self._commit(temporary, step)
+            self.committed()
+        except UserError:
+            raise
         except Exception as error:
             shutil.rmtree(temporary, ignore_errors=True)  # gives a full disk its space back
             text = " ".join(str(error).split())

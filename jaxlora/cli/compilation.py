@@ -8,6 +8,7 @@ checked, and what is old goes, before a command begins.
 
 import contextlib
 import hashlib
+import importlib
 import os
 import platform
 import stat
@@ -91,7 +92,7 @@ def _remove_halves(folder: Path) -> None:
 def _is_whole(content: bytes) -> bool:
     try:
         if content.startswith(_ZSTD):
-            import zstandard
+            zstandard = importlib.import_module("zstandard")  # an extra of JAX
 
             zstandard.ZstdDecompressor().decompress(content)
         else:

@@ -63,10 +63,11 @@ def _train(options: argparse.Namespace) -> int | None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from jaxlora import api
+    from jaxlora.remote.location import exists
 
     config = api.load_config(options.config, options.overrides)
     adapter = options.adapter
-    if adapter is None and os.path.isfile(f"{config.output_dir}/adapter_config.json"):
+    if adapter is None and exists(f"{config.output_dir}/adapter_config.json"):
         adapter = config.output_dir
     result = api.evaluate(config, adapter=adapter)
     print(f"evaluated: {config.base_model}" + (f" + {adapter}" if adapter else ""))

@@ -95,6 +95,21 @@ def open_storage(address: str) -> tuple[Any, str]:
         raise UserError(f"{address}: cannot be opened: {reason(error)}") from error
 
 
+def exists(text: str) -> bool:
+    """Whether a path or an address of object storage is a file.
+
+    Raises:
+      UserError: the storage cannot be read.
+    """
+    if not is_storage(text):
+        return os.path.isfile(text)
+    storage, path = open_storage(text)
+    try:
+        return storage.isfile(path)
+    except Exception as error:  # each library has errors of its own
+        raise UserError(f"{text}: cannot be read: {reason(error)}") from error
+
+
 def reason(error: BaseException) -> str:
     """Returns what an error of a storage library says, in one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__

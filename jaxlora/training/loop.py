@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlora.checkpoints.remote import Mirror
 from jaxlora.checkpoints.store import CheckpointStore
 from jaxlora.config import derived
 from jaxlora.config.notes import notes
@@ -31,6 +32,7 @@ from jaxlora.training.metrics import Sink, record_at, write_all
 from jaxlora.training.nonfinite import NonFiniteError, is_finite, skip_or_stop
 from jaxlora.training.phases import Phases
 from jaxlora.training.progress import Display
+from jaxlora.training.remote_output import open_mirror, push_all
 from jaxlora.training.results import TrainResult
 from jaxlora.training.saving import Saver
 from jaxlora.training.setup import Plan, make_plan
@@ -72,6 +74,7 @@ def train(config: Config, *, quiet: bool = False) -> TrainResult:
         display = Display(1, quiet=quiet)
         for note in notes(config):
             display.say(f"note: {note}")
+        mirror = open_mirror(config)
         origin = resume.find_origin(config)
         shared_folder.check(config, continues=origin.continues)
         with processes.together("plan"):
@@ -84,7 +87,7 @@ def train(config: Config, *, quiet: bool = False) -> TrainResult:
         run = Run(plan, trainable, frozen, origin, phases, interrupts)
         needed = needed_bytes(config, run.state, plan.total_steps, run.save_every)
         folder = shared_folder.claim(config, stack, continues=origin.continues, needed_bytes=needed)
-        return run.execute(folder, stack, quiet)
+        return run.execute(folder, stack, quiet, mirror)
 
 
 class Run:
@@ -131,10 +134,13 @@ class Run:
         self.failed = self.stepped = False
         self.last_loss = math.nan
 
-    def execute(self, folder: Path, stack: contextlib.ExitStack, quiet: bool) -> TrainResult:
+    def execute(
+        self, folder: Path, stack: contextlib.ExitStack, quiet: bool, mirror: Mirror | None
+    ) -> TrainResult:
         """Restores, trains, evaluates, saves and exports."""
         plan, config = self.plan, self.plan.config
-        store = open_store(folder / resume.CHECKPOINTS, keep=config.save_total_limit)
+        checkpoints, keep = folder / resume.CHECKPOINTS, config.save_total_limit
+        store = open_store(checkpoints, keep=keep, mirror=mirror)
         stack.enter_context(store)
         if self.origin.store is not None:
             self.state = resume.restore(self.origin, plan, self.state, store)
@@ -175,6 +181,7 @@ class Run:
                 shared_folder.write_results(plan, self.state, result)
             with self.phases("save"):
                 store.wait()
+                push_all(config, mirror)
         except (KeyboardInterrupt, NonFiniteError):
             saver.stop(self.state, display)
             raise

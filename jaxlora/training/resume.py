@@ -12,6 +12,7 @@ from jaxlora.core.errors import UserError
 from jaxlora.lora import LoraConfig, changes_base
 from jaxlora.parallel import processes
 from jaxlora.training.nonfinite import Skipped
+from jaxlora.training.remote_output import resume_path, working_folder
 from jaxlora.training.setup import Plan
 from jaxlora.training.shared_store import open_store
 from jaxlora.training.state import TrainState, saved
@@ -52,18 +53,20 @@ def _as_json(origin: Origin) -> list[Any]:
 
 
 def _origin(config: Config) -> Origin:
-    own = Path(config.output_dir).expanduser().absolute() / CHECKPOINTS
-    wanted = config.resume_from_checkpoint
+    folder, wanted = working_folder(config), resume_path(config)
+    own = Path(folder).expanduser().absolute() / CHECKPOINTS
     if isinstance(wanted, str):
         store, step = locate(wanted)
         if step is None and (store / CHECKPOINTS).is_dir():
             store = store / CHECKPOINTS
         if not CheckpointStore(store).steps():
-            raise UserError(f"resume_from_checkpoint: {wanted}: no checkpoint there.")
+            raise UserError(
+                f"resume_from_checkpoint: {config.resume_from_checkpoint}: no checkpoint there."
+            )
         return Origin(store == own, store, step)
     continues = bool(wanted)
     if config.auto_resume_from_checkpoints:
-        continues = continues or run_folder.holds_run(config.output_dir)
+        continues = continues or run_folder.holds_run(folder)
     # A run killed before its first checkpoint continues from step 0 in its folder.
     has_checkpoint = continues and CheckpointStore(own).on_disk()
     return Origin(continues, own if has_checkpoint else None)

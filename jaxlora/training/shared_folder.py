@@ -13,6 +13,7 @@ from jaxlora.parallel import processes
 from jaxlora.parallel.arrays import fetch
 from jaxlora.training.export import export_weights
 from jaxlora.training.metrics import METRICS_FILE, Sink, open_sinks, read_lines
+from jaxlora.training.remote_output import named_by_address, working_folder
 from jaxlora.training.results import TrainResult, write_report
 from jaxlora.training.setup import Plan
 from jaxlora.training.state import TrainState, saved
@@ -20,7 +21,10 @@ from jaxlora.training.state import TrainState, saved
 
 def check(config: Config, *, continues: bool) -> None:
     """Refuses, before anything is read, a folder that could not be claimed."""
-    processes.on_first("check", lambda: str(run_folder.check(config.output_dir, resume=continues)))
+    with named_by_address(config):
+        processes.on_first(
+            "check", lambda: str(run_folder.check(working_folder(config), resume=continues))
+        )
 
 
 def claim(
@@ -33,12 +37,13 @@ def claim(
     """
 
     def held() -> str:
-        check_space(run_folder.check(config.output_dir, resume=continues), needed_bytes)
-        text = dump_config(config)
-        folder = run_folder.claim(config.output_dir, config_text=text, resume=continues)
+        wanted, text = working_folder(config), dump_config(config)
+        check_space(run_folder.check(wanted, resume=continues), needed_bytes)
+        folder = run_folder.claim(wanted, config_text=text, resume=continues)
         return str(stack.enter_context(folder).path)
 
-    return Path(processes.on_first("output_dir", held))
+    with named_by_address(config):
+        return Path(processes.on_first("output_dir", held))
 
 
 def open_metrics(

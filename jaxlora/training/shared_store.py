@@ -10,15 +10,28 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxlora.checkpoints.remote import Mirror
 from jaxlora.checkpoints.store import CheckpointStore
 from jaxlora.parallel import processes
 from jaxlora.parallel.arrays import fetch, spread
 
 
-def open_store(folder: str | os.PathLike[str], *, keep: int | None = None) -> CheckpointStore:
-    """Returns the checkpoints of a run, shared by its processes."""
+def open_store(
+    folder: str | os.PathLike[str], *, keep: int | None = None, mirror: Mirror | None = None
+) -> CheckpointStore:
+    """Returns the checkpoints of a run, shared by its processes.
+
+    Args:
+      folder, keep: as of `CheckpointStore`.
+      mirror: brings up what has been committed.
+    """
     several = processes.count() > 1
-    return SharedStore(folder, keep=keep) if several else CheckpointStore(folder, keep=keep)
+    store = SharedStore(folder, keep=keep) if several else CheckpointStore(folder, keep=keep)
+    if mirror is not None:
+        own = store.own if isinstance(store, SharedStore) else store
+        assert own is not None, "process 0 has the mirror and the store"
+        own.committed = mirror.push
+    return store
 
 
 class SharedStore(CheckpointStore):
@@ -26,18 +39,18 @@ class SharedStore(CheckpointStore):
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int | None = 4) -> None:
         super().__init__(folder, keep=keep)
-        self._own = CheckpointStore(folder, keep=keep) if processes.is_first() else None
+        self.own = CheckpointStore(folder, keep=keep) if processes.is_first() else None
 
     def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
         host = fetch(state)
         with processes.together("save"):
-            if self._own is not None:
-                self._own.save(step, host, meta)
+            if self.own is not None:
+                self.own.save(step, host, meta)
 
     def wait(self) -> None:
         with processes.together("wait"):
-            if self._own is not None:
-                self._own.wait()
+            if self.own is not None:
+                self.own.wait()
 
     def check(self) -> None:
         """Does nothing: a failed save is told at the next one, on all processes at once."""
@@ -48,15 +61,15 @@ class SharedStore(CheckpointStore):
 
     def close(self) -> None:
         """Waits on process 0 alone: an error may have brought only this one here."""
-        if self._own is not None:
-            self._own.close()
+        if self.own is not None:
+            self.own.close()
 
     def restore(self, step: int | None, target: Any) -> tuple[Any, dict[str, Any]]:
         read: list[Any] = []
 
         def on_host() -> dict[str, Any]:
-            assert self._own is not None, "process 0 has the store"
-            state, meta = self._own.restore(step, jax.tree.map(_on_host, target))
+            assert self.own is not None, "process 0 has the store"
+            state, meta = self.own.restore(step, jax.tree.map(_on_host, target))
             read.append(state)
             return meta
 
