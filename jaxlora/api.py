@@ -59,13 +59,16 @@ __all__ = [
 Source = Config | str | os.PathLike[str] | Mapping[str, Any]
 
 
-def train(source: Source, *overrides: str, quiet: bool = False) -> TrainResult:
+def train(
+    source: Source, *overrides: str, quiet: bool = False, profile: bool = False
+) -> TrainResult:
     """Fine-tunes as a configuration says and returns the results.
 
     Args:
       source: a `Config`, a YAML or Python file, or a mapping of keys.
       overrides: as on the command line, ``"--lora_r=32"``.
       quiet: print nothing.
+      profile: record some steps in ``output_dir/profile``, for Perfetto and TensorBoard.
 
     >>> result = train("configs/quickstart.yml", "--max_steps=10")  # doctest: +SKIP
     >>> result.output_dir  # doctest: +SKIP
@@ -73,7 +76,7 @@ def train(source: Source, *overrides: str, quiet: bool = False) -> TrainResult:
     """
     config = _config(source, overrides)
     with explained(config):
-        return _train(config, quiet=quiet)
+        return _train(config, quiet=quiet, profile=profile)
 
 
 def evaluate(

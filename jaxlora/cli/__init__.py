@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from jaxlora.cli import configuration, launching, models, planning, runs
+from jaxlora.cli import configuration, launching, measuring, models, planning, runs
 from jaxlora.cli.compilation import use_compilation_cache
 from jaxlora.cli.environment import check_environment
 from jaxlora.core.errors import UserError
@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"jaxlora {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for group in (runs, launching, planning, configuration, models):
+    for group in (runs, launching, planning, measuring, configuration, models):
         group.add_commands(commands)
     return parser
 

@@ -22,6 +22,11 @@ def add_commands(commands: Any) -> None:
         action="store_true",
         help="open model and data, say what would be done, write nothing",
     )
+    train.add_argument(
+        "--profile",
+        action="store_true",
+        help="record some steps in output_dir/profile, for Perfetto and TensorBoard",
+    )
     _add_process_flags(train)
     evaluate = add("evaluate", _evaluate, "Score on the held-out data.")
     evaluate.add_argument("--adapter", help="adapter to score; default: the one in output_dir")
@@ -57,7 +62,7 @@ def _train(options: argparse.Namespace) -> int | None:
         from jaxlora.training.rehearsal import rehearse
 
         return print_report(options.config, options.overrides, rehearse)
-    api.train(options.config, *options.overrides)
+    api.train(options.config, *options.overrides, profile=options.profile)
     return None
 
 

@@ -47,10 +47,11 @@ from jaxlora.training.state import (
     split_pairs,
 )
 from jaxlora.training.step import make_eval_step, make_train_step
+from jaxlora.training.trace import StepTrace
 from jaxlora.training.watchdog import LossWatchdog
 
 
-def train(config: Config, *, quiet: bool = False) -> TrainResult:
+def train(config: Config, *, quiet: bool = False, profile: bool = False) -> TrainResult:
     """Runs a configuration and returns its outcome.
 
     Everything the user can get wrong is checked before the output folder is touched.
@@ -58,6 +59,7 @@ def train(config: Config, *, quiet: bool = False) -> TrainResult:
     Args:
       config: from `jaxlora.load_config`.
       quiet: print nothing.
+      profile: record some steps in ``output_dir/profile``.
 
     Raises:
       UserError: a mistake in the configuration, the model, the data or the folder.
@@ -87,6 +89,8 @@ def train(config: Config, *, quiet: bool = False) -> TrainResult:
         run = Run(plan, trainable, frozen, origin, phases, interrupts)
         needed = needed_bytes(config, run.state, plan.total_steps, run.save_every)
         folder = shared_folder.claim(config, stack, continues=origin.continues, needed_bytes=needed)
+        trace = StepTrace(folder if profile else None, plan.total_steps)
+        run.trace = stack.enter_context(contextlib.closing(trace))
         return run.execute(folder, stack, quiet, mirror)
 
 
@@ -132,6 +136,7 @@ class Run:
             config.loss_watchdog_threshold, patience=config.loss_watchdog_patience
         )
         self.failed = self.stepped = False
+        self.trace = StepTrace(None, plan.total_steps)
         self.last_loss = math.nan
 
     def execute(
@@ -222,7 +227,8 @@ class Run:
         saver: Saver,
         evaluator: Evaluator,
     ) -> None:
-        values, tokens = self._advance(display)
+        with self.trace.step(self.state.step):
+            values, tokens = self._advance(display)
         step = self.state.step
         self.failed = self.watchdog.barks(values.get("loss", 0.0))
         last = step == self.plan.total_steps or self.failed

@@ -1,0 +1,1 @@
+"""F4: what a run reaches on this machine, measured."""
