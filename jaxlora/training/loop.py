@@ -91,7 +91,8 @@ def train(config: Config, *, quiet: bool = False, profile: bool = False) -> Trai
         folder = shared_folder.claim(config, stack, continues=origin.continues, needed_bytes=needed)
         trace = StepTrace(folder if profile else None, plan.total_steps)
         run.trace = stack.enter_context(contextlib.closing(trace))
-        return run.execute(folder, stack, quiet, mirror)
+        run.mirror = mirror
+        return run.execute(folder, stack, quiet)
 
 
 class Run:
@@ -137,16 +138,14 @@ class Run:
         )
         self.failed = self.stepped = False
         self.trace = StepTrace(None, plan.total_steps)
+        self.mirror: Mirror | None = None
         self.last_loss = math.nan
 
-    def execute(
-        self, folder: Path, stack: contextlib.ExitStack, quiet: bool, mirror: Mirror | None
-    ) -> TrainResult:
+    def execute(self, folder: Path, stack: contextlib.ExitStack, quiet: bool) -> TrainResult:
         """Restores, trains, evaluates, saves and exports."""
         plan, config = self.plan, self.plan.config
         checkpoints, keep = folder / resume.CHECKPOINTS, config.save_total_limit
-        store = open_store(checkpoints, keep=keep, mirror=mirror)
-        stack.enter_context(store)
+        store = stack.enter_context(open_store(checkpoints, keep=keep, mirror=self.mirror))
         if self.origin.store is not None:
             self.state = resume.restore(self.origin, plan, self.state, store)
         own = self.state.step if self.origin.store is not None and self.origin.continues else None
@@ -186,7 +185,7 @@ class Run:
                 shared_folder.write_results(plan, self.state, result)
             with self.phases("save"):
                 store.wait()
-                push_all(config, mirror)
+                push_all(config, self.mirror)
         except (KeyboardInterrupt, NonFiniteError):
             saver.stop(self.state, display)
             raise

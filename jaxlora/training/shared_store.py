@@ -56,8 +56,8 @@ class SharedStore(CheckpointStore):
         """Does nothing: a failed save is told at the next one, on all processes at once."""
 
     def settle(self, seconds: float) -> None:
-        if self._own is not None:
-            self._own.settle(seconds)
+        if self.own is not None:
+            self.own.settle(seconds)
 
     def close(self) -> None:
         """Waits on process 0 alone: an error may have brought only this one here."""
