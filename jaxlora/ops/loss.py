@@ -56,7 +56,10 @@ def chunked_cross_entropy(
 
     def loss_of(hidden_chunk, target, weight):
         logits = logits_of(hidden_chunk)
-        picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+        # Compared, not gathered: the gradient of a gather is a scatter into one more array of
+        # logits (on a TPU half of the memory that a chunk takes).
+        column = jax.lax.broadcasted_iota(target.dtype, logits.shape, logits.ndim - 1)
+        picked = jnp.sum(jnp.where(column == target[..., None], logits, 0), axis=-1)
         token_loss = jax.nn.logsumexp(logits, axis=-1) - picked
         return jnp.sum(token_loss * weight)
 

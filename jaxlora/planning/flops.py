@@ -8,6 +8,7 @@ from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import ParamSpec
 from jaxlora.models.stacks import attention_kinds
 from jaxlora.planning.program import Program
+from jaxlora.training.step import trains_head
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,9 @@ def flops_per_token(program: Program, length: int) -> Flops:
         "attention": 2 * (_named(specs, cfg, axes.MLP) + _output(specs, cfg)),
         "matmuls": 2 * _output(specs, cfg),
     }[shape.transformer.remat]
-    return Flops(model, repeated + 2 * head)  # logits are computed twice
+    # Logits are computed twice where the head may train.
+    again = trains_head(shape.transformer, program.trainable)
+    return Flops(model, repeated + (2 * head if again else 0.0))
 
 
 def active_weights(spec: ParamSpec, cfg: ModelConfig) -> float:

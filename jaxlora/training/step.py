@@ -19,6 +19,7 @@ from jaxlora.lora import Target
 from jaxlora.lora.parts import fill
 from jaxlora.models.transformer import Transformer, bind
 from jaxlora.ops.loss import chunked_cross_entropy, tokens_per_chunk
+from jaxlora.parallel.mesh import batch_shards
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
@@ -52,11 +53,23 @@ def _read(transformer: Transformer, params: Tree, batch: Batch) -> tuple[Any, ..
 
 
 def batch_loss(
-    transformer: Transformer, params: Tree, batch: Batch, *, head_trains: bool = True
+    transformer: Transformer,
+    params: Tree,
+    batch: Batch,
+    *,
+    head_trains: bool = True,
+    row_shards: int = 1,
 ) -> Float[Array, ""]:
     """Returns the sum of the weighted losses in nats of a ``[rows, T]`` batch.
 
     A loss for each token, or in a classifier for each row.
+
+    Args:
+      transformer: unbound transformer.
+      params: what it binds.
+      batch: of rows.
+      head_trains: whether anything between the last hidden states and the logits trains.
+      row_shards: devices that share the rows: each has chunks of its own.
     """
     model, hidden, targets, weights = _read(transformer, params, batch)
     return chunked_cross_entropy(
@@ -64,14 +77,17 @@ def batch_loss(
         hidden,
         targets,
         weights,
-        chunk_tokens=tokens_per_chunk(transformer.cfg.vocab_size),
+        # Each chunk gathers a head that is split: it is as large as the share of a device may be.
+        chunk_tokens=tokens_per_chunk(transformer.cfg.vocab_size)
+        * row_shards
+        * transformer.context,
         parts=transformer.context,
         head_trains=head_trains,
     )
 
 
-def _head_trains(transformer: Transformer, trainable: Tree) -> bool:
-    """Whether anything between the last hidden states and the logits trains."""
+def trains_head(transformer: Transformer, trainable: Tree) -> bool:
+    """Returns whether anything between the last hidden states and the logits trains."""
     parts = ("lm_head/", "classifier/", "head_transform/")
     parts += ("embed/",) if transformer.cfg.tie_embedding else ()
     return any(path.startswith(parts) for path in (*trainable["params"], *trainable["adapter"]))
@@ -99,14 +115,22 @@ def make_train_step(
         that the second step does not compile anew.
     """
     placed = jax.tree.map(lambda x: x.sharding, like)
-    head_trains = _head_trains(transformer, like[0])
+    head_trains = trains_head(transformer, like[0])
+    mesh = getattr(jax.tree.leaves(placed)[0], "mesh", None)
+    row_shards = 1 if mesh is None else batch_shards(mesh)
 
     def step(trainable, opt_state, frozen, batch: Batch, number: Int[Array, ""]):
         step_key = jax.random.fold_in(seed_key, number)
 
         def loss_of(trainable, micro_batch, key):
             params = weights(trainable, frozen, targets, key)
-            return batch_loss(transformer, params, micro_batch, head_trains=head_trains)
+            return batch_loss(
+                transformer,
+                params,
+                micro_batch,
+                head_trains=head_trains,
+                row_shards=row_shards,
+            )
 
         def add_micro_batch(sums, inputs):
             micro_batch, index = inputs
