@@ -33,7 +33,7 @@ mkdir -p jaxlora
 cd jaxlora
 python3 -m pip install --quiet --user --break-system-packages uv 2>/dev/null || python3 -m pip install --quiet --user uv
 [ -x venv/bin/python ] || python3 -m uv venv --quiet --python 3.12 venv
-python3 -m uv pip install --quiet --python venv/bin/python 'jaxlora[tpu]'
+python3 -m uv pip install --quiet --python venv/bin/python 'jaxlora[tpu]' gcsfs
 metadata() {
   curl -sf -H 'Metadata-Flavor: Google' \
     "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"
