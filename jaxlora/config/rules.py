@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from jaxlora.config import derived
 from jaxlora.config.problem import Problem
 from jaxlora.config.schema import Config
-from jaxlora.config.source_rules import mixing, shards, streaming
+from jaxlora.config.source_rules import addresses, mixing, shards, streaming
 from jaxlora.core.errors import UserError, did_you_mean
 from jaxlora.data.tokenizer import unknown_template
 from jaxlora.lora.initializers import changes_base, check_init
@@ -17,7 +17,7 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 def problems(config: Config) -> list[Problem]:
     """Returns every broken rule, in the order of the rules."""
     rules = (_tokens, _data, _templates, _held_out, _labels, _cadence, _batch, _length, _adapter)
-    rules = (*rules, _start, _quantization, _training, mixing, shards, streaming)
+    rules = (*rules, _start, _quantization, _training, mixing, shards, streaming, addresses)
     return [problem for rule in rules for problem in rule(config)]
 
 

@@ -89,7 +89,7 @@ class RunKeys(Section):
     """Output, evaluation and logging"""
 
     output_dir: Text = "./model-out"
-    """Folder of the run."""
+    """Folder of the run, or an address of object storage."""
     save_strategy: Strategy | None = None
     """When to save; no: only at the end."""
     saves_per_epoch: Natural | None = None

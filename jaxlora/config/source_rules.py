@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from jaxlora.config.problem import Problem
 from jaxlora.config.schema import Config
+from jaxlora.remote.location import is_address, is_storage
 
 
 def mixing(config: Config) -> Iterator[Problem]:
@@ -48,3 +49,15 @@ def shards(config: Config) -> Iterator[Problem]:
                 yield Problem((key, i, "shards_idx"), text)
             if entry.shards and entry.preprocess_shards:
                 yield Problem((key, i, "shards"), "set it or preprocess_shards, not both")
+
+
+def addresses(config: Config) -> Iterator[Problem]:
+    """Addresses are of object storage, where there may be one at all."""
+    for key in ("output_dir", "resume_from_checkpoint", "base_model", "lora_model_dir"):
+        value = getattr(config, key)
+        if isinstance(value, str) and is_address(value) and not is_storage(value):
+            text = f"{value}: not object storage that jaxlora reads; expected gs://, s3:// or az://"
+            yield Problem((key,), text)
+    if config.dataset_prepared_path and is_address(config.dataset_prepared_path):
+        text = f"{config.dataset_prepared_path}: tokens are mapped into memory; give a folder here"
+        yield Problem(("dataset_prepared_path",), text)

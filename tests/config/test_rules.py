@@ -10,6 +10,10 @@ LOFTQ = {"peft": {"loftq_config": {"loftq_bits": 4}}}
 ROWS = {"path": "x", "type": "alpaca"}
 CONFLICTS = [
     ("mixing_weights", {"mixing_weights": [1]}),
+    ("output_dir", {"output_dir": "https://host/run"}),
+    ("base_model", {"base_model": "gss://bucket/model"}),
+    ("resume_from_checkpoint", {"resume_from_checkpoint": "ftp://host/run"}),
+    ("dataset_prepared_path", {"dataset_prepared_path": "gs://bucket/tokens"}),
     ("mixing_weights", {"mixing_weights": [1, 2], "dataset_mixing_strategy": "interleave"}),
     ("streaming", {"streaming": True}),
     ("val_set_size", {"streaming": True, "max_steps": 3, "val_set_size": 0.1}),
