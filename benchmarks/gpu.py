@@ -5,7 +5,8 @@
 
 Random weights, synthetic tokens, rows full. A process for each model and storage of its weights,
 in which the cells come from least memory to most: so the process' peak is that of the cell. Every
-result is written as soon as it is there, and what does not fit into the time is left out.
+result is written as soon as it is there, and what does not fit into the time is left out. GPU_PROFILE=REMAT
+in the environment adds the kernels of a step, GPU_ATTENTION=chunked another attention.
 """
 
 import argparse
@@ -53,11 +54,13 @@ def batch_of(cfg: Any, rows: int, length: int) -> dict[str, Any]:
     }
 
 
-def measure(subject: Any, rows: int, length: int, remat: str) -> dict[str, Any]:
+def measure(
+    subject: Any, rows: int, length: int, remat: str, asked: str = "auto"
+) -> dict[str, Any]:
     """Compiles and times one cell; the subject's state goes on from cell to cell."""
     import jax.numpy as jnp
 
-    step, attention = subject.step(remat)
+    step, attention = subject.step(remat, asked)
     batch = batch_of(subject.cfg, rows, length)
     number = jnp.int32(0)
     started = time.monotonic()
@@ -82,7 +85,7 @@ def measure(subject: Any, rows: int, length: int, remat: str) -> dict[str, Any]:
     turns = [turn(steps) for _ in range(GROUPS)]
     seconds = [each for _, each in turns]
     peak = peak_bytes()
-    kernels = profile(lambda: turn(1)) if os.environ.get("GPU_PROFILE") else {}
+    kernels = profile(lambda: turn(1)) if os.environ.get("GPU_PROFILE") == remat else {}
     return {
         "kernels_ms": kernels,
         "rows": rows,
@@ -187,7 +190,7 @@ def worker(case: str, cells: list[tuple[int, int, str]]) -> None:
         cell: dict[str, Any] = {"model": model, "storage": storage, "made_s": made_s}
         cell |= {"gemm_flops_per_s": peak}
         try:
-            cell |= measure(subject, rows, length, remat)
+            cell |= measure(subject, rows, length, remat, os.environ.get("GPU_ATTENTION", "auto"))
         except Exception as error:  # out of memory, for one: the cells before it stand
             cell |= {"rows": rows, "length": length, "remat": remat, "error": str(error)[:600]}
             print(json.dumps(cell), flush=True)

@@ -156,21 +156,22 @@ def _call(q, k, v, *, scale, mask, window, bias=None, **lengths):
         False,
     )
 
+    # Everything is an operand: the rules are traced where closures over tracers would leak.
     @jax.custom_vjp
-    def run(q, k, v):
-        return cudnn._dot_product_attention(q, k, v, *extra, *options)
+    def run(*operands):
+        return cudnn._dot_product_attention(*operands, *options)
 
-    def forward(q, k, v):
-        _, kept = cudnn._dot_product_attention_fwd_rule(q, k, v, *extra, *options)
+    def forward(*operands):
+        _, kept = cudnn._dot_product_attention_fwd_rule(*operands, *options)
         *kept, statistics, y = kept
         statistics, y = (checkpoint_name(x, "attention") for x in (statistics, y))
         return y, (*kept, statistics, y)
 
     def backward(kept, dy):
-        return cudnn._dot_product_attention_bwd_rule(*options, kept, dy)[:3]
+        return cudnn._dot_product_attention_bwd_rule(*options, kept, dy)
 
     run.defvjp(forward, backward)
-    return run(q, k, v)
+    return run(q, k, v, *extra)
 
 
 def _by_bias(q, k, v, visible: Visibility, window, scale):
