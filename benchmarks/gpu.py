@@ -5,8 +5,8 @@
 
 Random weights, synthetic tokens, rows full. A process for each model and storage of its weights,
 in which the cells come from least memory to most: so the process' peak is that of the cell. Every
-result is written as soon as it is there, and what does not fit into the time is left out. GPU_PROFILE=REMAT
-in the environment adds the kernels of a step, GPU_ATTENTION=chunked another attention.
+result is written as soon as it is there, and what does not fit into the time is left out.
+GPU_PROFILE=REMAT in the environment adds the kernels of a step, GPU_ATTENTION=NAME sets attention.
 """
 
 import argparse

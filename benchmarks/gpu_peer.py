@@ -35,13 +35,13 @@ def main(name: str, rows: int, length: int) -> None:
     optimizer = torch.optim.AdamW(adapter, lr=1e-4, fused=device == "cuda")
     tokens = torch.randint(0, model.config.vocab_size, (rows, length), device=device)
 
-    def step() -> float:
+    def step() -> torch.Tensor:
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(adapter, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss
+        return loss.detach()
 
     for _ in range(WARM_UP):
         loss = float(step())
