@@ -17,6 +17,7 @@ from jaxlora.generation.probe import probe_logits
 from jaxlora.merging import merge, merge_differences
 from jaxlora.models.parameters import describe
 from jaxlora.models.transformer import Transformer, bind
+from jaxlora.training.export import export
 
 INT4 = QuantSpec("int4")
 # float32 on both sides, logits of standard deviation about 1: rounding of the sums alone.
@@ -152,3 +153,29 @@ def test_an_output_folder_that_holds_a_model_is_refused(run, tmp_path):
     with pytest.raises(UserError, match="merged"):
         merge(run.folder, None, folder, dtype="bfloat16")
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_an_adapter_that_is_not_finite_is_neither_merged_nor_exported(run, tmp_path, value):
+    folder = shutil.copytree(run.folder, tmp_path / "adapter")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = sorted(tensors)[0]
+    tensors[name].flat[3] = value
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    for write in (
+        lambda: merge(folder, None, tmp_path / "written"),
+        lambda: export_from(folder, tmp_path),
+    ):
+        with pytest.raises(UserError, match="not finite") as refusal:
+            write()
+        assert "\n" not in str(refusal.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "alone"]
+
+
+def export_from(folder, tmp_path):
+    """Exports the adapter as one that is not a run's."""
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        shutil.copy(folder / name, alone)
+    export(alone, tmp_path / "written")

@@ -157,9 +157,9 @@ def _slow_down() -> None:
     """Steps of this size take milliseconds; slowed down, signals fall into all of them."""
     make = Batches.batch
 
-    def batch(self: Batches, step: int) -> Any:
+    def batch(self: Batches, *arguments: Any) -> Any:
         time.sleep(_PAUSE_S)
-        return make(self, step)
+        return make(self, *arguments)
 
     Batches.batch = batch  # type: ignore[method-assign]
 
