@@ -5,6 +5,7 @@ python benchmarks/reliability --slice   a few of each, as the tests run them; wr
 """
 
 import argparse
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from standstill import leave_the_finite, stand_still
 from subject import Subject
 
 SLICE = {"runs": 4, "store": 8, "damage": 40, "signals": 0, "disk": 3, "folders": 3, "nan": 1}
-WHOLE = {"runs": 50, "store": 200, "damage": 400, "signals": 6, "disk": 20, "folders": 20, "nan": 8}
+WHOLE = {"runs": 50, "store": 200, "damage": 400, "signals": 5, "disk": 20, "folders": 20, "nan": 8}
 
 
 def main() -> int:
@@ -39,7 +40,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="jaxlora-reliability-") as root:
         subject = Subject(Path(root), options.seed)
         say("the run that nothing disturbs is done")
-        for outcome in _trials(subject, counts, say, whole=not options.slice):
+        for outcome in _until_stopped(_trials(subject, counts, say, whole=not options.slice)):
             outcomes.append(outcome)
             say(
                 f"{'held' if outcome.held else 'BROKEN'}: {outcome.law}: {outcome.good} of "
@@ -58,17 +59,22 @@ def main() -> int:
     return 0 if all(outcome.held or not outcome.trials for outcome in outcomes) else 1
 
 
+def _until_stopped(trials: Iterator[Outcome]) -> Iterator[Outcome]:
+    """Ctrl-C or SIGTERM ends the trials; what was found by then is written."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield from trials
+    except KeyboardInterrupt:
+        print("stopped: what follows was not tried", flush=True)
+
+
 def _trials(
     subject: Subject, counts: dict[str, int], say: Progress, *, whole: bool
 ) -> Iterator[Outcome]:
     if counts["runs"]:
         yield from kill_runs(subject, counts["runs"], say)
-    if counts["store"]:
-        yield kill_store(subject, counts["store"], say)
     if counts["damage"]:
         yield damage_checkpoints(subject, counts["damage"], say)
-    if counts["signals"]:
-        yield signal_runs(subject, counts["signals"], say)
     if counts["disk"]:
         yield from fill_disk(subject, counts["disk"], say)
         yield estimate_sizes(subject, say)
@@ -78,6 +84,10 @@ def _trials(
         yield leave_the_finite(subject, counts["nan"], say)
     if whole and counts["nan"]:
         yield stand_still(subject, say)
+    if counts["store"]:
+        yield kill_store(subject, counts["store"], say)
+    if counts["signals"]:
+        yield signal_runs(subject, counts["signals"], say)
 
 
 if __name__ == "__main__":

@@ -137,6 +137,7 @@ def _child(work: Callable[[], int], output: int) -> None:
     code = 70
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.dup2(output, 1)
         os.dup2(output, 2)
         code = work()

@@ -1,5 +1,8 @@
 """Named arrays in orbax's format; what they are is for the manifest to say."""
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     # Trained float32 hardly compresses: 10 % smaller files for twice the time (100 MB measured).
     context.array.saving.use_compression = False
     context.memory.deepcopy_host_arrays = False  # `_to_host` has made our copy
-    with alone(context):
+    with alone(context), _errors_told_once():
         ocp.save(str(path), stored)
 
 
@@ -49,6 +52,21 @@ def load_arrays(path: Path, target: dict[str, Any]) -> dict[str, Any]:
             host = isinstance(leaf, np.ndarray | np.generic)
             restored[name] = array if host else jnp.asarray(array)
     return restored
+
+
+@contextlib.contextmanager
+def _errors_told_once() -> Iterator[None]:
+    """Orbax logs, with pages of traceback, what it then raises."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return "raised an exception" not in record.getMessage()
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_news)
 
 
 def _placed(leaf: Any) -> bool:
