@@ -182,7 +182,7 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 def main() -> None:
     """Measures, writes the result and prints it."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory-gb", type=float, default=0, help="size of the large file")

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxlora.data.packing import efficiency, packed
 from jaxlora.data.spec import DataOptions
-from jaxlora.data.table import TokenTable
+from jaxlora.data.table import TokenTable, count_trained
 
 TOO_LONG, TOO_SHORT = "longer than sequence_len", "shorter than min_sample_len"
 NOTHING_TRAINED, EMPTY, DUPLICATE = "no trained token", "empty text", "duplicate"
@@ -81,7 +81,7 @@ def table_report(folder: Path, options: DataOptions, packs: bool) -> dict[str, A
     return {
         "examples": len(table),
         "tokens": int(lengths.sum()),
-        "trained_tokens": int(table.trained.sum()),
+        "trained_tokens": int(count_trained(folder)),
         "longest": int(lengths.max()),
         "packing_efficiency": share,
         "labels": counts,

@@ -2,7 +2,7 @@
 
 import hashlib
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -157,6 +157,19 @@ class TableWriter:
         np.save(self.folder / "offsets.npy", offsets, allow_pickle=False)
         if self._labels:
             np.save(self.folder / _LABELS, np.array(self._labels, np.int32), allow_pickle=False)
+
+
+def count_trained(folder: Path) -> int:
+    """How many tokens of a table are trained, read piece by piece: a map would keep its pages."""
+    with (folder / "trained.npy").open("rb") as file:
+        np.lib.format.read_magic(file)
+        np.lib.format.read_array_header_1_0(file)
+        return sum(np.frombuffer(piece, np.uint8).sum(dtype=int) for piece in _pieces(file))
+
+
+def _pieces(file: Any) -> Iterator[bytes]:
+    while piece := file.read(_CHUNK):
+        yield piece
 
 
 def tables_digest(folder: Path) -> str:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from jaxlora.core.errors import UserError
-from jaxlora.data.table import TableWriter, TokenTable, check_vocabulary, spans
+from jaxlora.data.table import TableWriter, TokenTable, check_vocabulary, count_trained, spans
 
 EXAMPLES = [([1, 5, 2], [0, 1, 1]), ([7], [0]), ([3, 4], [0, 1])]
 
@@ -24,6 +24,13 @@ def test_a_written_table_equals_the_one_in_memory_and_is_mapped(tmp_path):
     assert [part.tolist() for part in table[2]] == [[3, 4], [0, 1]]
     with pytest.raises(IndexError):
         table[3]
+
+
+@pytest.mark.parametrize("piece", [1, 3, 1 << 22])
+def test_trained_tokens_are_counted_piece_by_piece(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr("jaxlora.data.table._CHUNK", piece)
+    table = written(tmp_path / "t")
+    assert count_trained(tmp_path / "t") == table.trained.sum() == 3
 
 
 def test_a_damaged_table_is_not_opened(tmp_path):
