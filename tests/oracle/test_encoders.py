@@ -99,7 +99,7 @@ MUTATIONS = {
     "roberta": [{"position_offset": 1}],
     "modernbert": [
         {"sliding_window": 4},
-        {"sliding_layers": (1, 2)},
+        {"sliding_layers": (0, 1, 2)},
         {"local_rope_theta": None},
         {"rope_theta": 1e4},
         {"causal": True},
