@@ -43,6 +43,7 @@ def launch(keys: dict, folder: Path, compiled: Path, **changes) -> subprocess.Po
     command = [sys.executable, "-m", "jaxlora.cli", "launch", str(file), "--on", "local"]
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     env |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(compiled)}
+    env |= {"JAXLORA_CACHE": str(compiled.with_name("cache"))}
     return subprocess.Popen([*command, "--processes=2"], env=env, stdout=subprocess.PIPE, text=True)
 
 
@@ -51,15 +52,18 @@ def losses(folder: Path) -> list[float]:
     return [record["loss"] for record in records if "loss" in record]
 
 
-def test_two_processes_train_as_one(keys, tmp_path):
+def test_two_processes_train_as_one_and_write_to_object_storage(keys, tmp_path):
     config = load_config({**keys, "micro_batch_size": 4, "output_dir": str(tmp_path / "one")})
     one = train(config, quiet=True).output_dir
-    process = launch(keys, tmp_path / "two", tmp_path / "compiled", micro_batch_size=2)
+    changes = {"micro_batch_size": 2, "output_dir": f"file://{tmp_path}/two"}
+    process = launch(keys, tmp_path / "two", tmp_path / "compiled", **changes)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     assert "[0] step 4/4" in output
     # float32, four steps; the sums of two devices are added in another order.
     assert losses(tmp_path / "two") == pytest.approx(losses(one), abs=2e-5)
+    assert (tmp_path / "two" / ADAPTER).is_file()
+    assert (tmp_path / "two/checkpoints/checkpoint-4/manifest.json").is_file()
 
 
 @pytest.mark.reliability
