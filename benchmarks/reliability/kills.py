@@ -135,6 +135,9 @@ def _save_without_end(folder: Path, report: Path, seed: int) -> int:
     if (store.latest() or 0) < committed:
         print(f"step {committed} was committed and is lost")
         return 1
+    if store.on_disk() != store.steps():
+        print(f"half a checkpoint: {store.on_disk()} are there, {store.steps()} are whole")
+        return 1
     for step in store.steps():
         state, _ = store.restore(step, _state(0))
         left, right = leaf_paths(state), leaf_paths(_state(step))

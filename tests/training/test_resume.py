@@ -112,6 +112,19 @@ def test_an_older_checkpoint_can_be_named(run, whole, metrics_of, tmp_path):
     assert metrics_of(own) == before
 
 
+def test_a_run_that_continues_another_has_all_it_needs_at_once(
+    run, whole, crash_at, metrics_of, tmp_path
+):
+    older = str(whole / "checkpoints" / "checkpoint-4")
+    crash_at(4)  # its first batch
+    with pytest.raises(RuntimeError, match="deliberate"):
+        run("elsewhere", **RUN, resume_from_checkpoint=older)
+    crash_at(None)
+    assert (tmp_path / "elsewhere" / "checkpoints" / "checkpoint-4").is_dir()
+    resumed = run("elsewhere", **RUN, resume_from_checkpoint=True)
+    assert_same_bits(weights_of(resumed.output_dir), weights_of(whole))
+
+
 def test_auto_resume_starts_anew_or_continues(run, whole, crash_at, metrics_of):
     crash_at(5)
     with pytest.raises(RuntimeError, match="deliberate"):
