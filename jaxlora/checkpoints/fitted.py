@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxlora.checkpoints.label_head import optional_leaves
 from jaxlora.checkpoints.load import load_params, to_device
 from jaxlora.checkpoints.matrices import QuantSpec, Split
+from jaxlora.checkpoints.regions import Region
 from jaxlora.core.axes import VOCAB
 from jaxlora.core.errors import UserError
 from jaxlora.core.tree import Tree, flatten, unflatten
@@ -121,6 +122,7 @@ def load_base(
     mean_resizing: bool = False,
     seed: int = 0,
     only: Collection[str] | None = None,
+    needed: Callable[[str], Region | None] | None = None,
 ) -> Tree:
     """Returns the parameter tree of `cfg` from a folder that holds `stored`.
 
@@ -134,6 +136,7 @@ def load_base(
         the same each time, as the model's fresh weights are.
       seed: of the head of labels that the base lacks.
       only: paths to read, of the stored model; None: all.
+      needed: as in `load_params`.
 
     Raises:
       UserError: as `load_params`; a table that must grow and is quantized in the files; no head of
@@ -158,6 +161,9 @@ def load_base(
     def stored_as(path: str, leaf: Any) -> Any:
         return leaf if path in trained else leaf.astype(jnp.dtype(dtype))
 
+    # Resized and copied as a whole.
+    held = describe(stored)
+    changed = {path for path in held if held[path].shape != specs[path].shape} | {*shared}
     params = load_params(
         folder,
         stored,
@@ -169,6 +175,7 @@ def load_base(
         trained={*trained, *shared},
         only=only,
         optional=optional,
+        needed=needed and (lambda path: None if path in changed else needed(path)),
     )
     leaves = {**flatten(params), **head}
     for path in sorted(optional - leaves.keys()) if only is None else ():

@@ -14,6 +14,7 @@ from jaxlora.checkpoints.gguf_files import gguf_config, gguf_file, open_weights
 from jaxlora.checkpoints.json_files import read_json_object
 from jaxlora.checkpoints.matrices import QuantSpec, Reader, Split, empty, put
 from jaxlora.checkpoints.prequantized import STORAGE_KEYS, read_storage
+from jaxlora.checkpoints.regions import Region
 from jaxlora.checkpoints.sources import Sources, find_sources
 from jaxlora.checkpoints.storage import Storage
 from jaxlora.checkpoints.tensor_view import Tensors
@@ -83,6 +84,7 @@ def load_params(
     trained: Collection[str] = (),
     only: Collection[str] | None = None,
     optional: Collection[str] = (),
+    needed: Callable[[str], Region | None] | None = None,
 ) -> Tree:
     """Returns the parameter tree of a model folder.
 
@@ -102,6 +104,8 @@ def load_params(
       trained: paths of leaves that are read in float32 and never quantized.
       only: paths of the leaves to read; None: all.
       optional: paths of leaves that the files may lack; the tree then lacks them too.
+      needed: given a path, the part of each of its matrices that `place` will look at; None for
+        all. The rest is not read, and is undefined in what `place` gets.
 
     Raises:
       UserError: missing, leftover or misshapen tensors (found before any is read), damaged files,
@@ -123,12 +127,19 @@ def load_params(
         own, leaf = plain if path in trained else reader, None
         whole = path in trained or _is_mixed(path, sources[path], storage, files)
         for at, names in sources[path].items():
-            part = own.matrix(names, spec, plain=whole, split=_bound(split, path, at))
+            region = None if split or needed is None else needed(path)
+            if region is not None and spec.parts:
+                if leaf is not None and not region.holds(at[-1]):
+                    continue
+                region = region.inner()
+            region = own.settled(region, names, spec, plain=whole)
+            bound = _bound(split, path, at)
+            part = own.matrix(names, spec, plain=whole, split=bound, region=region)
             if leaf is None:
                 # Buffers keep their precision, as in transformers.
                 wanted = jnp.dtype(jnp.float32) if spec.kind == "buffer" else own.dtype
-                leaf = empty(part, spec.full_shape[: len(at)], wanted)
-            put(leaf, at, part, f"{files.folder}: {names[0]}")
+                leaf = empty(part, spec.full_shape[: len(at)], wanted, region)
+            put(leaf, at, part, f"{files.folder}: {names[0]}", region)
             part = None  # or a large table would be there twice while it is placed
             done += spec.size // len(sources[path])
             if progress is not None:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxlora.checkpoints.regions import Region
 from jaxlora.checkpoints.storage import Storage
 from jaxlora.checkpoints.tensor_view import Tensors
 from jaxlora.checkpoints.tensors import TensorFiles
@@ -73,6 +74,7 @@ class Reader:
         *,
         plain: bool = False,
         split: Split | None = None,
+        region: Region | None = None,
     ) -> Any:
         """Returns one matrix ``[in, out]``: a host leaf, or an array in the dtype of the file.
 
@@ -81,6 +83,7 @@ class Reader:
           spec: the parameter they belong to.
           plain: dequantize what is quantized in the files.
           split: given a plain linear matrix and what stores one, returns the leaf.
+          region: from `settled`: the part of the matrix to return; None for all.
 
         Raises:
           UserError: damaged files, values that cannot be quantized.
@@ -90,6 +93,7 @@ class Reader:
             with_names = zip(names[1:], tensors[1:], strict=True)
             return functools.reduce(self._beside, with_names, tensors[0])
         matrix = tensors[0] if len(tensors) == 1 else np.concatenate(tensors, axis=-1)
+        matrix = matrix if region is None else region.of(matrix)
         store = functools.partial(self._store, spec)
         try:
             if split is not None and spec.kind == "linear":
@@ -97,6 +101,23 @@ class Reader:
             return store(matrix)
         except UserError as error:
             raise UserError(f"{self.files.info[names[0]].file}: {names[0]}: {error}") from error
+
+    def settled(
+        self, region: Region | None, names: tuple[str, ...], spec: ParamSpec, *, plain: bool
+    ) -> Region | None:
+        """Returns the part of a matrix that can be read alone and holds `region`; None for all.
+
+        Files are mapped: what is not in it is not read.
+        """
+        stored = self.storage is not None and self.storage.holds(names[0], self.files.info)
+        if region is None or stored:
+            return None
+        if self.quantization is not None and spec.kind in _QUANTIZED and not plain:
+            spec_of = self.quantization
+            region = region.quantized(
+                spec_of.format, spec_of.group_size, double_quant=spec_of.double_quant
+            )
+        return None if region.is_whole else region
 
     def _store(self, spec: ParamSpec, matrix: np.ndarray) -> Any:
         """Quantized if the parameter is to be, else in the dtype of the file."""
@@ -130,11 +151,18 @@ def _quantized(matrix: np.ndarray, dtype: str, **options: Any) -> Any:
     return jax.tree.map(lambda *parts: np.stack(parts), *each)
 
 
-def empty(part: Any, lead: tuple[int, ...], dtype: np.dtype) -> Any:
-    """Returns host buffers for a whole leaf of which `part` is one of ``[*lead]``."""
+def empty(part: Any, lead: tuple[int, ...], dtype: np.dtype, region: Region | None = None) -> Any:
+    """Returns host buffers for a whole leaf of which `part` is one of ``[*lead]``.
+
+    `region` says which box of the matrix `part` is; None: all of it.
+    """
+
+    def shape(x: np.ndarray) -> tuple[int, ...]:
+        return lead + (x.shape if region is None else region.full_shape(part, x))
+
     if isinstance(part, np.ndarray):
-        return _aligned(lead + part.shape, dtype)
-    return jax.tree.map(lambda x: _aligned(lead + x.shape, x.dtype), part)
+        return _aligned(shape(part), dtype)
+    return jax.tree.map(lambda x: _aligned(shape(x), x.dtype), part)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -145,24 +173,27 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def put(leaf: Any, at: tuple[int, ...], part: Any, where: str) -> None:
-    """Writes one matrix to its place in the leaf that `empty` made.
+def put(
+    leaf: Any, at: tuple[int, ...], part: Any, where: str, region: Region | None = None
+) -> None:
+    """Writes one matrix, or the `region` of it that `part` is, to its place in the leaf.
 
     Raises:
       UserError: it is quantized in another way than the first one was; `where` says which it is.
     """
     whole, pieces = jax.tree.flatten(leaf), jax.tree.flatten(part)
+    places = [(*at, ...) if region is None else (*at, *region.index(part, y)) for y in pieces[0]]
     alike = whole[1] == pieces[1] and all(
-        x[at].shape == y.shape and (isinstance(leaf, np.ndarray) or x.dtype == y.dtype)
-        for x, y in zip(whole[0], pieces[0], strict=True)
+        x[place].shape == y.shape and (isinstance(leaf, np.ndarray) or x.dtype == y.dtype)
+        for x, y, place in zip(whole[0], pieces[0], places, strict=True)
     )
     if not alike:
         raise UserError(
             f"{where} is quantized with other options than the same matrix of other layers; "
             "jaxlora stores the layers of a stack alike: use the unquantized model."
         )
-    for target, source in zip(whole[0], pieces[0], strict=True):
-        _copy(target[(*at, ...)], source)
+    for target, source, place in zip(whole[0], pieces[0], places, strict=True):
+        _copy(target[place], source)
 
 
 def _copy(target: np.ndarray, source: np.ndarray) -> None:

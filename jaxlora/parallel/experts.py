@@ -26,8 +26,8 @@ _OWN_TOKENS = (*RULES[axes.BATCH], *RULES[axes.SEQUENCE])
 def on_each_device(placement: Placement) -> Spread:
     """Returns how tokens and experts that are split over a mesh are brought together."""
     mesh = placement.mesh
-    if mesh.size == 1:
-        return in_place
+    if all(mesh.shape[axis] == 1 for axis in _OWN_TOKENS):
+        return in_place  # every device has all tokens; the compiler splits the matrices
 
     def spread(choose, compute, leaves, x, logits, correction):
         num_experts, parts = leaves[0][0].shape[0], ways(mesh, axes.EXPERT)

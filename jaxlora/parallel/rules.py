@@ -123,12 +123,29 @@ class Placement:
 
         return {name: put(x) for name, x in arrays.items()}
 
+    def own_box(
+        self, logical: Sequence[str | None], shape: Sequence[int]
+    ) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]] | None:
+        """Returns which box of an array the devices of this process need, None for all of it.
+
+        Start and stop of each dimension, and into how many parts it is split over all devices.
+        """
+        if processes.count() == 1:
+            return None
+        split = self.sharding(logical, shape).addressable_devices_indices_map(tuple(shape))
+        own = [index for index in split.values() if index is not None]
+        box = []
+        for dimension, size in enumerate(shape):
+            bounds = [index[dimension].indices(size) for index in own]
+            box.append((min(start for start, *_ in bounds), max(stop for _, stop, _ in bounds)))
+        return tuple(box), tuple(ways(self.mesh, name) for name in logical)
+
     def own_rows(self, rows: int) -> frozenset[int] | None:
         """Returns which rows of a micro-batch this process hands over; None for all."""
         if processes.count() == 1:
             return None
         split = self.sharding((axes.BATCH,), (rows,)).addressable_devices_indices_map((rows,))
-        return frozenset(row for (own,) in split.values() for row in range(rows)[own])
+        return frozenset(row for index in split.values() if index for row in range(rows)[index[0]])
 
     def batch_sharding(self, shape: Sequence[int]) -> NamedSharding:
         """Returns how ``[accumulation, rows, T]`` arrays are split."""

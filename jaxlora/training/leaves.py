@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from jaxlora.checkpoints.adapter import LoadedAdapter
 from jaxlora.checkpoints.fitted import adapter_parts
 from jaxlora.checkpoints.peft_base import bias_modules, refuse_unloadable
+from jaxlora.checkpoints.regions import Region
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError
 from jaxlora.lora.biases import with_biases
@@ -17,6 +18,7 @@ from jaxlora.lora.unfrozen import unfrozen
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import ParamSpec, describe
 from jaxlora.models.targets import targets_of_specs
+from jaxlora.parallel.rules import Placement
 
 
 def trained_leaves(
@@ -88,3 +90,18 @@ def _with_dropout(targets: Mapping[str, Target], dropout: float) -> dict[str, Ta
             "lora_dropout: does not go with the adapter's target_parameters; remove it."
         )
     return {path: dataclasses.replace(target, dropout=dropout) for path, target in targets.items()}
+
+
+def needed_part(placement: Placement, path: str, spec: ParamSpec, parts: Parts) -> Region | None:
+    """Returns the part of a parameter that the devices of this process hold; None for all of it.
+
+    Args:
+      placement: the mesh.
+      path, spec: the parameter.
+      parts: what trains beside the pairs.
+    """
+    part = parts.get(path)
+    if part is not None and not part.whole:
+        return None
+    own = placement.own_box(spec.axes, spec.shape)
+    return own and Region(spec.shape, *own)

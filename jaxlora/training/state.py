@@ -23,6 +23,7 @@ from jaxlora.ops.arrays import PatchedArray, QuantizedArray
 from jaxlora.optim.optimizers import make_optimizer
 from jaxlora.optim.schedules import make_schedule
 from jaxlora.parallel.rules import Placement
+from jaxlora.training.leaves import needed_part
 from jaxlora.training.nonfinite import Skipped
 from jaxlora.training.setup import Model
 
@@ -79,6 +80,7 @@ def load_weights(
             split=splitter,
             progress=progress,
             trained=model.parts,
+            needed=lambda path: needed_part(model.placement, path, model.specs[path], model.parts),
             mean_resizing=config.mean_resizing_embeddings,
             seed=config.seed,
         )
