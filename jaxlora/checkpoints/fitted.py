@@ -161,9 +161,6 @@ def load_base(
     def stored_as(path: str, leaf: Any) -> Any:
         return leaf if path in trained else leaf.astype(jnp.dtype(dtype))
 
-    # Resized and copied as a whole.
-    held = describe(stored)
-    changed = {path for path in held if held[path].shape != specs[path].shape} | {*shared}
     params = load_params(
         folder,
         stored,
@@ -175,12 +172,27 @@ def load_base(
         trained={*trained, *shared},
         only=only,
         optional=optional,
-        needed=needed and (lambda path: None if path in changed else needed(path)),
+        needed=needed and _of_unchanged(needed, describe(stored), specs, shared),
     )
     leaves = {**flatten(params), **head}
     for path in sorted(optional - leaves.keys()) if only is None else ():
         leaves[path] = place(path, _fresh(folder, specs[path], path, trained, seed))
     return unflatten(leaves)
+
+
+def _of_unchanged(
+    needed: Callable[[str], Region | None],
+    stored: Mapping[str, ParamSpec],
+    specs: Mapping[str, ParamSpec],
+    shared: Collection[str],
+) -> Callable[[str], Region | None]:
+    """`needed` of leaves that stay as they are; a table is resized, or copied, as a whole."""
+
+    def of(path: str) -> Region | None:
+        changed = path in shared or stored[path].shape != specs[path].shape
+        return None if changed else needed(path)
+
+    return of
 
 
 def _fresh(
