@@ -143,8 +143,7 @@ def load_base(
         labels in the folder, and none among `trained`.
     """
     specs, optional = describe(cfg), optional_leaves(stored, cfg)
-    if optional:
-        stored = labelled(stored, cfg.num_labels)
+    stored = labelled(stored, cfg.num_labels) if optional else stored
     head: dict[str, Any] = {}
     own_head = [path for path in specs if stored.tie_embedding and path not in describe(stored)]
     shared = ["embed/embedding"] if own_head else []
@@ -153,9 +152,8 @@ def load_base(
         # As in transformers, which only appends zeros to the bias of a tied head.
         mean = mean_resizing and not (stored.tie_embedding and specs[path].kind == "bias")
         leaf = _resized(path, leaf, specs[path], None if mean else cfg.init_std)
-        if path in shared:
-            for other in own_head:
-                head[other] = place(other, np.ascontiguousarray(stored_as(other, leaf).T))
+        for other in own_head if path in shared else ():
+            head[other] = place(other, np.ascontiguousarray(stored_as(other, leaf).T))
         return place(path, stored_as(path, leaf) if path in shared else leaf)
 
     def stored_as(path: str, leaf: Any) -> Any:
