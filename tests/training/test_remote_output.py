@@ -51,7 +51,8 @@ def test_another_machine_continues_to_the_same_adapter(
     with pytest.raises(RuntimeError, match="deliberate"):
         run("unused", output_dir=ADDRESS, **SAVES)
     assert ADAPTER not in names(storage)
-    crash_at(None)
+    assert "checkpoints/checkpoint-4/manifest.json" in names(storage)
+    crash_at(3)  # from here on the batches before the checkpoint are not asked for
     monkeypatch.setenv("JAXLORA_CACHE", str(tmp_path / "machine-b"))
     result = run("unused", output_dir=ADDRESS, auto_resume_from_checkpoints=True, **SAVES)
     assert result.steps == 6
