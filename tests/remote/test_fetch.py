@@ -11,7 +11,7 @@ from jaxlora.data.sources import digest, rows
 from jaxlora.data.spec import DatasetSpec
 from jaxlora.remote import fetch as fetching
 from jaxlora.remote.fetch import fetch
-from jaxlora.remote.location import local_copy, open_storage, package_for
+from jaxlora.remote.location import exists, local_copy, open_storage, package_for
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +68,23 @@ def test_of_a_model_only_what_it_needs_is_copied(storage):
         storage.pipe_file(f"/b/model/{name}", b"x")
     folder = hub.resolve("memory://b/model")
     assert {path.name for path in folder.glob("[!.]*")} == {"config.json", "model.safetensors"}
+
+
+def test_a_plan_copies_the_description_of_a_base_and_no_weights(storage):
+    for name in ("config.json", "model.safetensors"):
+        storage.pipe_file(f"/b/model/{name}", b"x")
+    folder = hub.resolve_config("memory://b/model")
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
+
+
+def test_files_are_found_here_and_there(storage, tmp_path):
+    (tmp_path / "x").write_text("")
+    storage.pipe_file("/b/run/x", b"x")
+    assert exists(str(tmp_path / "x"))
+    assert exists("memory://b/run/x")
+    assert not exists(str(tmp_path))
+    assert not exists("memory://b/run")
+    assert not exists("memory://b/run/y")
 
 
 def test_a_copy_that_breaks_off_leaves_nothing(storage, monkeypatch):
