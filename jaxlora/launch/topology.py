@@ -34,8 +34,8 @@ _TPUS: Mapping[str, _Generation] = {
 }
 # GPU: its label on GKE and its name in SkyPilot.
 _GPUS: Mapping[str, tuple[str, str]] = {
-    "a100": ("nvidia-tesla-a100", "A100"),
-    "a100-80gb": ("nvidia-a100-80gb", "A100-80GB"),
+    "a100": ("nvidia-a100-80gb", "A100-80GB"),  # as in `jaxlora plan`
+    "a100-40gb": ("nvidia-tesla-a100", "A100"),
     "h100": ("nvidia-h100-80gb", "H100"),
     "h200": ("nvidia-h200-141gb", "H200"),
     "l4": ("nvidia-l4", "L4"),

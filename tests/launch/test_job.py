@@ -8,6 +8,7 @@ import pytest
 from jaxlora.core.errors import UserError
 from jaxlora.launch.job import check_reachable, default_name, requirement, run_config
 from jaxlora.launch.topology import parse
+from jaxlora.planning import topology as planning
 
 
 @pytest.mark.parametrize(
@@ -109,3 +110,10 @@ def test_slices_are_what_google_documents(text, hosts, per_host, accelerator):
 def test_a_topology_that_is_none_is_refused(text, said):
     with pytest.raises(UserError, match=said):
         parse(text)
+
+
+@pytest.mark.parametrize("text", ["v5e:4x4", "v5p:2x2x2", "v6e:2x4", "h100:8", "h200:8", "a100:8"])
+def test_topologies_are_spelled_as_the_plan_spells_them(text):
+    planned, launched = planning.parse(text), parse(text)
+    assert planned.kind == launched.kind
+    assert planned.size == launched.chips
