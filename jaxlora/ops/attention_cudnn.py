@@ -12,8 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxlora.ops.attention import Visibility, for_each_window
 
-# cuDNN keeps statistics for `most segments` whole rows per row: beyond this a bias is smaller.
-MOST_PACKED = 32
+# The kernel's scratch has a place for every segment that a row might have, each as large as the
+# row's: 0.27 GB for 8192 tokens of 32 heads (benchmarks/LOG.md). Beyond this a bias is smaller.
+MOST_PACKED = 8
 
 
 @dataclasses.dataclass(frozen=True)
