@@ -60,8 +60,8 @@ class Mirror:
                 f"output_dir {self.address} has files that are not a jaxlora run's (e.g. "
                 f"{min(there)}); choose another output_dir or an empty one."
             )
-        shutil.rmtree(self.folder, ignore_errors=True)
-        for name in there:
+        self._clear()
+        for name in sorted(there, key=lambda name: name != MARKER):  # tells whose the rest is
             if not name.startswith(f"{CHECKPOINTS}/"):
                 self._get(name)
         for candidate in [step] if step is not None else reversed(_steps(there)):
@@ -93,6 +93,12 @@ class Mirror:
             kept = sorted({*own, *stored} - stale)
             for step in kept[: -self._keep] if self._keep is not None else []:
                 self._remove(step, there)
+
+    def _clear(self) -> None:
+        """Empties the folder here, unless it holds folders of runs at addresses below this one."""
+        names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        if MARKER in names or all(name.startswith(".") for name in names):
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _is_whole(self, step: int) -> bool:
         """Whether a checkpoint arrived as it was saved; what is damaged is put away."""

@@ -303,6 +303,29 @@ def test_somebody_elses_files_are_left_alone(storage, machine):
     assert names(storage) == {"theirs.txt"}
 
 
+def test_a_run_at_an_address_below_is_not_touched(storage, machine):
+    run = Run()
+    run.save(10)
+    storage.store.clear()
+    above = Mirror(ADDRESS.rpartition("/")[0])
+    above.pull()
+    assert run.store.steps() == [10]
+    with pytest.raises(UserError, match="has files that are not a jaxlora run's"):
+        run_folder.check(above.folder, resume=False)
+
+
+def test_what_a_killed_pull_left_is_cleared(storage, machine):
+    run = Run()
+    run.save(10)
+    for left in ([".fetching-1"], [run_folder.MARKER, "metrics.jsonl", ".fetching-2"]):
+        machine(f"killed-{len(left)}")
+        folder = Mirror(ADDRESS).folder
+        folder.mkdir(parents=True)
+        for name in left:
+            (folder / name).write_text("half")
+        assert Run().step == 10
+
+
 def test_a_folder_in_which_a_process_is_at_work_is_not_touched(storage, machine):
     run = Run()
     run.save(10)
