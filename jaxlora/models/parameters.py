@@ -123,7 +123,8 @@ def _named(path: str, spec: ParamSpec, cfg: ModelConfig, layers: dict) -> ParamS
         tensors = (tensors,) if isinstance(tensors, str) else tensors
     else:
         tensors = (f"{names[module]}.{_LEAF_NAMES[leaf]}",)
-    module = names.get(module) or tensors[0].rpartition(".")[0]
+    # Of tensors that are one row each (norms of single heads) the module that holds them all.
+    module = names.get(module) or tensors[0].rpartition(".")[0].removesuffix(".{part}")
     assert isinstance(module, str), module
     return dataclasses.replace(
         spec,

@@ -3,7 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlora.core.errors import UserError
 from jaxlora.core.tree import flatten
+from jaxlora.lora.parts import whole_modules
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import describe, init_params
 
@@ -125,3 +127,14 @@ def test_fresh_parameters_follow_their_descriptions():
     ]
     assert not (matrices[0] == matrices[1]).all()
     assert not (matrices[0][0] == matrices[0][1]).all()
+
+
+def test_norms_of_single_heads_are_of_the_module_that_holds_them():
+    fields = {"family": "StableLmForCausalLM", "norm": "layer", "qk_norm": "each_head"}
+    specs = describe(ModelConfig(**{**vars(CFG), **fields}))
+    spec = specs["layers/attention/q_norm/scale"]
+    assert spec.modules()[1] == "model.layers.1.self_attn.q_layernorm.norms"
+    assert spec.sources()[1, 3] == ("model.layers.1.self_attn.q_layernorm.norms.3.weight",)
+    assert whole_modules(specs, ["lm_head"]).keys() == {"lm_head/kernel"}
+    with pytest.raises(UserError, match=r"q_layernorm\.norms is made up of several tensors"):
+        whole_modules(specs, ["q_layernorm"])
