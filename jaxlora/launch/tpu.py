@@ -40,7 +40,14 @@ def vm_script(job: Job) -> str:
         + _variables(job)
         + f"""tpu=(gcloud compute tpus tpu-vm)
 where=({flags})
-if ! "${{tpu[@]}}" describe {job.name} "${{where[@]}}" > /dev/null 2>&1; then
+state=$("${{tpu[@]}}" describe {job.name} "${{where[@]}}" --format='value(state)' \\
+  2> /dev/null || true)
+case $state in
+  PREEMPTED | TERMINATED)  # it cannot be started again
+    "${{tpu[@]}}" delete {job.name} "${{where[@]}}" --quiet
+    state= ;;
+esac
+if [ -z "$state" ]; then
   "${{tpu[@]}}" create {job.name} "${{where[@]}}" {create}
 fi
 "${{tpu[@]}}" scp "$files"/jaxlora-* {job.name}: "${{where[@]}}" --worker=all

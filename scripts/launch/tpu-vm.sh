@@ -53,7 +53,14 @@ END_OF_FILE
 } > "$files/jaxlora-env"
 tpu=(gcloud compute tpus tpu-vm)
 where=(--zone=us-west4-a)
-if ! "${tpu[@]}" describe llama-3-8b "${where[@]}" > /dev/null 2>&1; then
+state=$("${tpu[@]}" describe llama-3-8b "${where[@]}" --format='value(state)' \
+  2> /dev/null || true)
+case $state in
+  PREEMPTED | TERMINATED)  # it cannot be started again
+    "${tpu[@]}" delete llama-3-8b "${where[@]}" --quiet
+    state= ;;
+esac
+if [ -z "$state" ]; then
   "${tpu[@]}" create llama-3-8b "${where[@]}" --accelerator-type=v5litepod-16 --version=v2-alpha-tpuv5-lite --spot
 fi
 "${tpu[@]}" scp "$files"/jaxlora-* llama-3-8b: "${where[@]}" --worker=all

@@ -42,6 +42,14 @@ def test_a_tpu_vm_that_is_there_is_used_again(machine, job):
     assert trained(machine)
 
 
+@pytest.mark.parametrize("state", ["PREEMPTED", "TERMINATED"])
+def test_a_tpu_vm_that_was_taken_away_is_made_anew(machine, job, state):
+    assert machine.run(vm_script(job(spot=True)), STATE=state).returncode == 0
+    verbs = [call[4] for call in machine.calls if call[0] == "gcloud"]
+    assert verbs == ["describe", "delete", "create", "scp", "ssh"]
+    assert trained(machine)
+
+
 def test_peers_may_be_named_by_host_or_by_address(machine, job):
     assert machine.run(vm_script(job()), PEERS="host-0,host-1").returncode == 0
     assert "--coordinator=host-0:8476" in trained(machine)
