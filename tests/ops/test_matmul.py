@@ -260,3 +260,23 @@ def test_gradient_of_wide_products_is_that_of_float32_but_for_roundings():
     for got, wanted in zip(back(dy), exact_back(dy), strict=True):
         assert got.dtype == jnp.bfloat16
         assert np.abs(np.asarray(got, np.float32) - wanted).max() < 2**-7 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("format", ["nf4", "int4", "int8"])
+def test_recomputed_layers_keep_no_array_of_a_matrix_between_them(format):
+    """Constants of a matrix' size would be moved out of the loop over layers, and all be kept."""
+    layers, rows, into, out = 3, 8, 256, 384
+    one = quantize(np.random.default_rng(0).standard_normal((into, out)).astype(np.float32), format)
+    base = jax.tree.map(lambda x: jax.ShapeDtypeStruct((layers, *x.shape), x.dtype), one)
+
+    def loss(x, base):
+        def layer(x, weight):
+            return jax.nn.silu(matmul(x, weight)) @ jnp.ones((out, into)), None
+
+        layer = jax.checkpoint(layer, prevent_cse=False)
+        return jax.lax.scan(layer, x, base)[0].sum()
+
+    x = jax.ShapeDtypeStruct((rows, into), jnp.float32)
+    compiled = jax.jit(jax.grad(loss)).lower(x, base).compile()
+    # One unpacked matrix, one product, and the ones above: not 14 tables of the matrix' size.
+    assert compiled.memory_analysis().temp_size_in_bytes < 5 * into * out * 4
