@@ -1,7 +1,7 @@
 # The checks of this project. `make check` is what CI runs; the slow suites have a target each.
 PYTHON ?= python
 
-.PHONY: check lint format types floors test oracle families-table reliability quickstart base
+.PHONY: check lint format types floors test oracle families-table reliability plan-tests quickstart base
 
 check: lint format types floors test
 
@@ -35,6 +35,11 @@ reliability:
 	$(PYTHON) benchmarks/reliability
 	$(PYTHON) -m pytest -m "reliability" tests
 	$(PYTHON) -m pytest -m "reliability" tests
+
+# Llama 3 8B and 70B and Mistral 7B compiled for TPU slices that are not here; needs jaxlora[plan],
+# 10 GiB of memory and about a quarter of an hour on 2 quiet cores.
+plan-tests:
+	$(PYTHON) -m pytest -m "plan" tests/planning
 
 quickstart:
 	jaxlora train configs/quickstart.yml

@@ -5,7 +5,7 @@
 >>> jaxlora.generate(result.output_dir, "Hello!")  # doctest: +SKIP
 
 Verbs: `train`, `evaluate`, `generate`, `load`, `merge`, `export`, `verify`, `preprocess`,
-`inspect`.
+`inspect`, `plan`.
 The functional LoRA transform for any Flax model is `jaxlora.lora`.
 """
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         load_config,
         merge,
         merge_differences,
+        plan,
         preprocess,
         train,
         verify,
@@ -53,6 +54,7 @@ __all__ = [
     "lora",
     "merge",
     "merge_differences",
+    "plan",
     "preprocess",
     "train",
     "verify",

@@ -20,7 +20,10 @@ from jaxlora.generation.scoring import Score
 from jaxlora.inspection import inspect
 from jaxlora.merging import MergeDifferences, merge, merge_differences
 from jaxlora.parallel.mesh import batch_shards, make_mesh
+from jaxlora.planning.estimate import Estimate
 from jaxlora.planning.out_of_memory import explained
+from jaxlora.planning.plan import plan as _plan
+from jaxlora.planning.topology import parse as parse_topology
 from jaxlora.training.evaluation import Evaluation
 from jaxlora.training.evaluation import evaluate as _evaluate
 from jaxlora.training.export import export
@@ -33,6 +36,7 @@ from jaxlora.verification import Verdict, verify
 __all__ = [
     "Classification",
     "Config",
+    "Estimate",
     "Evaluation",
     "LanguageModel",
     "MergeDifferences",
@@ -51,6 +55,7 @@ __all__ = [
     "load_config",
     "merge",
     "merge_differences",
+    "plan",
     "preprocess",
     "train",
     "verify",
@@ -77,6 +82,19 @@ def train(
     config = _config(source, overrides)
     with explained(config):
         return _train(config, quiet=quiet, profile=profile)
+
+
+def plan(source: Source, *overrides: str, topology: str | None = None) -> Estimate:
+    """Returns what memory and time a run takes, by compiling its step from shapes alone.
+
+    Args:
+      source, overrides: as for `train`; neither weights nor data are read.
+      topology: ``"v5e:4x4"``, ``"h100:8"`` and others; None: the devices of this machine.
+
+    >>> plan("configs/quickstart.yml", topology="v5e:1x1").fits  # doctest: +SKIP
+    True
+    """
+    return _plan(_config(source, overrides), parse_topology(topology))
 
 
 def evaluate(

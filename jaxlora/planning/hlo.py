@@ -23,7 +23,7 @@ _COLLECTIVES = (
     "ragged-all-to-all",
     "collective-permute",
 )
-_NO_BYTES = ("token", "opaque", "pred")
+_NO_BYTES = ("token", "opaque")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,9 +169,9 @@ class Module:
         for where, found in self.instructions():
             if found.opcode != "dynamic-update-slice" or "transpose(" in found.line:
                 continue
-            array = arrays_of(found.type)[0]
-            if self.trips[where] > 1 and array.shape[:1] == (self.trips[where],):
-                stacked[where, found.name] = array.nbytes
+            for array in arrays_of(found.type)[:1]:
+                if self.trips[where] > 1 and array.shape[:1] == (self.trips[where],):
+                    stacked[where, found.name] = array.nbytes
         return sum(stacked.values())
 
 

@@ -60,7 +60,7 @@ def _head(made: Estimate) -> str:
     mesh = " x ".join(f"{axis} {n}" for axis, n in made.mesh.items() if n > 1) or "one device"
     how = {
         "compiled": f"the train step, compiled in {made.compile_s:.0f} s",
-        "formula": "an analytic model, nothing was compiled (no compiler for it is installed)",
+        "formula": "an analytic model: nothing could be compiled for it here",
     }[made.method]
     rows, times = _plural(made.rows, "row"), _plural(made.accumulation, "time")
     return (

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -48,6 +47,11 @@ class Topology:
         return self.text in ("cpu", "here")
 
     @property
+    def hardware_platform(self) -> str:
+        """JAX's word for its devices; ``cpu`` for what is here."""
+        return HARDWARE[self.kind].platform if self.kind in HARDWARE else "cpu"
+
+    @property
     def hardware(self) -> Hardware:
         """The data sheet of one device."""
         if self.kind == "cpu":
@@ -88,15 +92,14 @@ def parse(text: str | None) -> Topology:
 def environment(topology: Topology, inherited: Mapping[str, str]) -> dict[str, str]:
     """Returns the environment of a process that compiles for a topology that is not here."""
     wanted = {"JAX_PLATFORMS": "cpu"}
-    if topology.kind == "cpu" or not has_compiler(topology):
-        flags = f"--xla_force_host_platform_device_count={topology.size}"
-        wanted["XLA_FLAGS"] = f"{inherited.get('XLA_FLAGS', '')} {flags}".strip()
-    elif HARDWARE[topology.kind].platform == "tpu":
-        wanted |= _LIBTPU
-    else:
-        # Autotuning measures on a device.
-        flags = f"{inherited.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
-        wanted |= {"XLA_FLAGS": flags.strip(), "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}
+    if topology.hardware_platform == "tpu":
+        return {**inherited, **wanted, **_LIBTPU}
+    # As many devices stand for GPUs where a formula must do.
+    flags = f"--xla_force_host_platform_device_count={topology.size}"
+    if topology.hardware_platform == "gpu" and has_compiler(topology):
+        flags += " --xla_gpu_autotune_level=0"  # autotuning measures on a device
+        wanted["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    wanted["XLA_FLAGS"] = f"{inherited.get('XLA_FLAGS', '')} {flags}".strip()
     return {**inherited, **wanted}
 
 
@@ -135,8 +138,3 @@ def has_compiler(topology: Topology) -> bool:
     platform = HARDWARE[topology.kind].platform
     names = ["libtpu"] if platform == "tpu" else ["jax_cuda13_plugin", "jax_cuda12_plugin"]
     return any(importlib.util.find_spec(name) for name in names)
-
-
-def chosen(text: str | None) -> Topology:
-    """Returns `parse` of an option, or of the environment variable JAXLORA_TOPOLOGY."""
-    return parse(text or os.environ.get("JAXLORA_TOPOLOGY") or None)

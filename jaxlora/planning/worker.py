@@ -21,9 +21,16 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Returns the estimate of a request."""
     topology = parse(request["topology"])
     config = load_config(request["config"])
-    compiles = has_compiler(topology)
-    devices = devices_of(topology) if compiles else jax.devices()
-    made, text = account(config, devices, topology, compiles=compiles)
+    try:
+        devices = devices_of(topology) if has_compiler(topology) else None
+        made, text = account(config, devices or jax.devices(), topology, compiles=bool(devices))
+    except UserError:
+        raise
+    except Exception as error:  # compiling for GPUs that are not here is no promise of JAX
+        if topology.hardware_platform != "gpu":
+            raise
+        print(f"compiling for {topology.text} failed: {error}", file=sys.stderr)
+        made, text = account(config, jax.devices(), topology, compiles=False)
     if path := request.get("hlo"):
         with open(path, "w") as file:
             file.write(text)

@@ -1,0 +1,141 @@
+"""Large models on slices that are not here: their steps, compiled (`make plan-tests`).
+
+With PLAN_RESULTS=folder what was compiled is kept there, and read from there the next time.
+"""
+
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from jaxlora.config.load import load_config
+from jaxlora.planning.estimate import Estimate
+from jaxlora.planning.hardware import GIB
+from jaxlora.planning.hlo import Module, arrays_of
+from jaxlora.planning.plan import plan
+from jaxlora.planning.topology import parse
+
+pytestmark = [
+    pytest.mark.plan,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs jaxlora[plan]"),
+]
+
+MODELS = Path(__file__).parent / "models"
+KEYS = {
+    "datasets": [{"path": "rows.jsonl", "type": "alpaca"}],
+    "output_dir": "out",
+    "adapter": "qlora",
+    "quantization": "int4",
+    "lora_r": 16,
+    "lora_alpha": 32,
+    "lora_target_linear": True,
+    "sequence_len": 2048,
+    "micro_batch_size": 1,
+    "gradient_checkpointing": True,
+    "sample_packing": True,
+    "learning_rate": 2e-4,
+    "max_steps": 10,
+}
+LORA = {"adapter": "lora", "quantization": None}
+# model, topology, keys, most GiB on one chip. The bounds are what was measured, rounded up by a few
+# percent: see docs/planning.md.
+RUNS = {
+    "8b-1": ("llama3-8b", "v5e:1x1", {}, 8.6),
+    "8b-4": ("llama3-8b", "v5e:2x2", {}, 5.5),
+    "mistral": ("mistral-7b", "v5e:2x2", LORA, 8.0),
+    "70b": ("llama3-70b", "v5e:4x4", {}, 12.0),
+}
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    """``name -> (estimate, program's text)``, each compiled once."""
+    kept = os.environ.get("PLAN_RESULTS")
+    folder = Path(kept) if kept else tmp_path_factory.mktemp("plans")
+    made = {}
+
+    def get(name):
+        if name not in made:
+            model, topology, keys, _ = RUNS[name]
+            record, text = folder / f"{name}.json", folder / f"{name}.hlo"
+            if not record.is_file():
+                config = load_config({**KEYS, **keys, "base_model": str(MODELS / model)})
+                estimate = plan(config, parse(topology), hlo=text)
+                record.write_text(json.dumps(estimate.to_dict()))
+            found = Estimate.from_dict(json.loads(record.read_text()))
+            made[name] = found, text.read_text()
+        return made[name]
+
+    return get
+
+
+def shape_of(name):
+    """Width, MLP width, vocabulary and layers of a model."""
+    config = json.loads((MODELS / RUNS[name][0] / "config.json").read_text())
+    keys = ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers")
+    return tuple(config[key] for key in keys)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_large_models_fit_their_slices(planned, name):
+    estimate, _ = planned(name)
+    assert estimate.method == "compiled"
+    assert estimate.fits
+    assert estimate.memory.total <= RUNS[name][3] * GIB, estimate.memory
+    width, _, _, layers = shape_of(name)
+    # A layer's input in bfloat16 is all that waits for the backward pass, and the gradient of the
+    # last hidden states, which the loss leaves.
+    assert estimate.memory.activations == (layers + 1) * 2048 * width * 2
+
+
+@pytest.mark.parametrize("name", ["8b-4", "70b"])
+def test_a_quantized_base_is_gathered_as_4_bit_integers(planned, name):
+    _, text = planned(name)
+    width, hidden, _, layers = shape_of(name)
+    matrices = {width * hidden, width * width}
+    gathers = [c for c in every_transfer(text) if c[0] == "all-gather"]
+    packed = [times for _, dtype, size, times in gathers if dtype == "s4" and size in matrices]
+    # q, o, gate, up and down, forward and in the recomputing backward pass.
+    assert sum(packed) >= 2 * 5 * layers, gathers
+    floats = [g for g in gathers if g[1] in ("bf16", "f32") and g[2] in matrices]
+    assert not floats, floats
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_no_logits_of_all_tokens_and_no_unpacked_base_between_the_passes(planned, name):
+    estimate, text = planned(name)
+    width, hidden, vocabulary, _ = shape_of(name)
+    loops = [i for _, i in Module(text).instructions() if i.opcode == "while"]
+    assert loops
+    for array in (array for loop in loops for array in arrays_of(loop.type)):
+        if array.dtype in ("f32", "bf16") and RUNS[name][2] is not LORA:
+            unpacked = {width, hidden} <= set(array.shape) or array.shape[-2:] == (width, width)
+            assert not unpacked or array.size < width * hidden / estimate.devices, array
+    for _, instruction in Module(text).instructions():
+        for array in arrays_of(instruction.type):
+            if array.dtype == "f32" and array.shape and array.shape[-1] == vocabulary:
+                assert array.size <= 1024 * vocabulary, instruction.line[:200]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_state_is_donated(planned, name):
+    _, text = planned(name)
+    header = text.split("\n", 1)[0]
+    # A and B of seven matrices, with two moments each, and the optimizer's counters.
+    assert len(re.findall(r"(?:may|must)-alias", header)) >= 3 * 14
+
+
+def every_transfer(text):
+    """``(kind, dtype, elements, times)`` of every transfer."""
+    module, found = Module(text), {}
+    for where, instruction in module.instructions():
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in ("all-gather", "all-reduce", "reduce-scatter", "all-to-all"):
+            channel = re.search(r"channel_id=(\d+)", instruction.line)
+            for array in arrays_of(instruction.type):
+                key = (channel[1] if channel else instruction.name, array)
+                found[key] = (kind, array.dtype, array.size, module.runs[where])
+    return list(found.values())
