@@ -194,13 +194,18 @@ def measure(name: str) -> dict[str, Any]:
     """Returns the figures of a run, from a process of its own."""
     # One arena, large blocks on their own: what is freed is given back, not kept for later.
     allocator = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    process = subprocess.run(
-        [sys.executable, __file__, "--run", name],
-        env={**os.environ, **allocator, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory() as programs:  # the plan compiles what the run then reads
+        allocator |= {
+            "JAX_COMPILATION_CACHE_DIR": programs,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        process = subprocess.run(
+            [sys.executable, __file__, "--run", name],
+            env={**os.environ, **allocator, "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     if process.returncode:
         raise SystemExit(f"{name}: {process.stderr[-2000:]}")
     return json.loads(process.stdout.splitlines()[-1])
@@ -232,12 +237,11 @@ def main() -> None:
     for name in options.only:
         results[name] = measure(name)
         print(table({name: results[name]}).splitlines()[-1], flush=True)
-    print(table(results))
-    if options.only == list(RUNS):
-        record = {"command": "python benchmarks/plan_accuracy.py", **machine.describe()}
+        # After each: a run that is broken off has a result too, of what it got to.
+        record = {"command": " ".join(["python", *sys.argv]), **machine.describe()}
         path = machine.RESULTS / f"{datetime.date.today()}-plan-accuracy.json"
         path.write_text(json.dumps(record | {"runs": results}, indent=1) + "\n")
-        print(f"written: {path}")
+    print(f"{table(results)}\nwritten: {path}")
 
 
 if __name__ == "__main__":

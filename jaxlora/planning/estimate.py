@@ -151,7 +151,8 @@ class Estimate:
         if chip.flops_per_s:
             limits["compute"] = self.executed_flops / self.devices / chip.flops_per_s
         if chip.memory_bytes_per_s:
-            moved = self.weight_passes * self.accumulation * self.memory.weights
+            gathered = self.memory.weights * self.mesh.get("fsdp", 1)
+            moved = self.weight_passes * self.accumulation * gathered
             moved += 2 * self.accumulation * self.memory.activations
             moved += 2 * (self.memory.trained + self.memory.optimizer)
             limits["memory"] = moved / chip.memory_bytes_per_s

