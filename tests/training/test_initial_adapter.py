@@ -101,6 +101,7 @@ def test_of_a_quantized_base_the_plain_one_comes_nearest_to_what_was_trained(
     result = run(**INT4, peft_init_lora_weights="pissa", max_steps=4)
     trained = trained_logits()
     int4 = quant_spec(load_config(result.output_dir / "config.yml"))
+    assert int4 is not None
     assert int4.format == "int4"
     plain, quantized = (
         np.abs(logits_of(base, result.output_dir, quantization=each) - trained).mean()
