@@ -28,6 +28,11 @@ def _strategy(value: Any) -> Any:
     return "no" if value is False else value
 
 
+def _kernel(value: Any) -> Any:
+    # Axolotl's names of kernels on the hub, such as kernels-community/vllm-flash-attn3.
+    return "auto" if isinstance(value, str) and value.startswith("kernels-community/") else value
+
+
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, BeforeValidator(_text), Field(min_length=1)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
@@ -35,9 +40,12 @@ Positive = Annotated[Number, Field(gt=0, le=1_000_000_000)]
 NotNegative = Annotated[Number, Field(ge=0, le=1_000_000_000)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 OpenShare = Annotated[Number, Field(ge=0, lt=1)]
-Implementation = Literal[
-    "auto", "reference", "chunked", "cudnn", "splash", "eager", "sdpa", "flash_attention_2",
-    "flash_attention_3", "flex_attention", "xformers", "sage", "fp8",
+Implementation = Annotated[
+    Literal[
+        "auto", "reference", "chunked", "cudnn", "splash", "eager", "sdpa", "flash_attention_2",
+        "flash_attention_3", "flex_attention", "xformers", "sage", "fp8",
+    ],
+    BeforeValidator(_kernel),
 ]  # fmt: skip
 Strategy = Annotated[Literal["steps", "epoch", "no"], BeforeValidator(_strategy)]
 Whole = Annotated[int, Field(strict=True)]

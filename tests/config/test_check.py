@@ -224,6 +224,11 @@ def test_quoted_numbers_and_numeric_names_are_read():
     assert config.wandb_name == "7"
 
 
+def test_axolotls_kernels_of_the_hub_are_the_fastest_attention_here():
+    kernel = {"attn_implementation": "kernels-community/vllm-flash-attn3"}
+    assert load_config(MINIMAL | kernel).attn_implementation == "auto"
+
+
 @pytest.mark.parametrize(
     ("given", "sizes"),
     [
