@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -280,3 +281,26 @@ def test_recomputed_layers_keep_no_array_of_a_matrix_between_them(format):
     compiled = jax.jit(jax.grad(loss)).lower(x, base).compile()
     # One unpacked matrix, one product, and the ones above: not 14 tables of the matrix' size.
     assert compiled.memory_analysis().temp_size_in_bytes < 5 * into * out * 4
+
+
+def test_low_rank_gradients_in_bfloat16_run_in_a_loop():
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, a, b = (
+        jax.random.normal(key, shape)
+        for key, shape in zip(keys, ((2, 16, 32), (32, 4), (4, 32)), strict=True)
+    )
+
+    @functools.partial(jax.jit, static_argnums=3)
+    def gradients(x, a, b, dtype):
+        def loss(a, b):
+            def layer(x, _):
+                weight = LoraArray(jnp.zeros((32, 32), dtype), a, b, jnp.float32(0.1))
+                return x + matmul(x, weight), None
+
+            return jax.lax.scan(layer, x.astype(dtype), None, 2)[0].astype(jnp.float32).std()
+
+        return jax.grad(loss, (0, 1))(a, b)
+
+    rough, exact = (gradients(x, a, b, dtype) for dtype in ("bfloat16", "float32"))
+    for got, wanted in zip(rough, exact, strict=True):
+        assert np.abs(got - wanted).max() < 0.05 * np.abs(wanted).max()
