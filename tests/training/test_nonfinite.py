@@ -22,7 +22,7 @@ def poison(monkeypatch, steps, value=np.nan):
     def batch(self, step, rows=None):
         arrays = make(self, step, rows)
         if step in steps and self.shuffle:
-            arrays["weights"] = arrays["weights"] * np.float32(value)
+            arrays["weights"] = np.where(arrays["weights"], np.float32(value), 0)
         return arrays
 
     monkeypatch.setattr(Batches, "batch", batch)
