@@ -44,7 +44,7 @@ LORA = {"adapter": "lora", "quantization": None}
 # docs/planning.md; where nothing was measured yet, what a chip has.
 RUNS = {
     "8b-1": ("llama3-8b", "v5e:1x1", {}, 8.6),
-    "8b-4": ("llama3-8b", "v5e:2x2", {}, 15.75),
+    "8b-4": ("llama3-8b", "v5e:2x2", {}, 4.4),
     "mistral": ("mistral-7b", "v5e:2x2", LORA, 15.75),
     "70b": ("llama3-70b", "v5e:4x4", {}, 15.7),
 }
