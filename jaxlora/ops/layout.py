@@ -32,7 +32,12 @@ def ways(mesh: Any, logical: str | None, *, without: str = "") -> int:
 
 
 def partition(
-    mesh: Any, logical: Sequence[str | None], shape: Sequence[int], *, without: str = ""
+    mesh: Any,
+    logical: Sequence[str | None],
+    shape: Sequence[int],
+    *,
+    without: str = "",
+    also: str = "",
 ) -> PartitionSpec:
     """Returns how an array is split; a dimension that does not divide is kept whole.
 
@@ -41,12 +46,24 @@ def partition(
       logical: logical axis of each dimension, None for "never split".
       shape: size of each dimension.
       without: a mesh axis to leave out.
+      also: a mesh axis that splits the last named dimension further, after the table's, if it
+        divides and if the table splits no dimension over it.
     """
-    spec = []
-    for name, size in zip(logical, shape, strict=True):
-        parts = ways(mesh, name, without=without)
-        spec.append(_mesh_axes(name, without) if parts > 1 and size % parts == 0 else None)
-    return PartitionSpec(*spec)
+    split = [
+        _divided(mesh, _mesh_axes(name, without), size)
+        for name, size in zip(logical, shape, strict=True)
+    ]
+    named = [dimension for dimension, name in enumerate(logical) if name is not None]
+    if also and named and also not in sum(split, ()):
+        last = named[-1]
+        split[last] = _divided(mesh, (*split[last], also), shape[last]) or split[last]
+    return PartitionSpec(*(mesh_axes or None for mesh_axes in split))
+
+
+def _divided(mesh: Any, mesh_axes: tuple[str, ...], size: int) -> tuple[str, ...]:
+    """These mesh axes if they split a dimension of this size, else none."""
+    parts = math.prod(mesh.shape[axis] for axis in mesh_axes)
+    return mesh_axes if parts > 1 and size % parts == 0 else ()
 
 
 def _mesh_axes(logical: str | None, without: str) -> tuple[str, ...]:

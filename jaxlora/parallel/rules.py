@@ -97,11 +97,17 @@ class Placement:
             return None
         return NamedSharding(self.mesh, partition(self.mesh, stored, shape, without="fsdp"))
 
-    def _put(self, x: Any, logical: Sequence[str | None]) -> jax.Array:
-        return self._to(x, self.sharding(logical, x.shape))
+    def _put(self, x: Any, logical: Sequence[str | None], also: str = "") -> jax.Array:
+        return self._to(
+            x, NamedSharding(self.mesh, partition(self.mesh, logical, x.shape, also=also))
+        )
 
     def adapter(self, pair: dict[str, Any], logical: Sequence[str], *, stacked: bool) -> dict:
-        """Returns an adapter's arrays on the devices, split like the matrix they belong to."""
+        """Returns an adapter's arrays on the devices, split like the matrix they belong to.
+
+        A or B, whichever has the side that the rules do not split over `fsdp`, is split over it
+        along that side: with its gradient and its moments it would be whole on every device.
+        """
         if len(logical) == 1:  # a bias
             layout = (None, *logical) if stacked else tuple(logical)
             return {name: self._put(x, layout) for name, x in pair.items()}
@@ -109,7 +115,12 @@ class Placement:
         lead = (None, *outer) if stacked else tuple(outer)
         layout = {"a": (*lead, into, None), "b": (*lead, None, out)}
         vector = (*lead, out)  # magnitude, bias
-        return {name: self._put(x, layout.get(name, vector)) for name, x in pair.items()}
+        return {
+            name: self._put(x, layout[name], also="fsdp")
+            if name in layout
+            else self._put(x, vector)
+            for name, x in pair.items()
+        }
 
     def batch(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Returns ``[accumulation, rows, T]`` arrays, rows and tokens split over the devices.
