@@ -72,6 +72,11 @@ def dequantize(quantized: QuantizedArray, dtype: Any = None) -> Float[Array, "*l
     if quantized.format in CODED:
         table = nf4.TABLES[quantized.format]
         matrix = nf4.dequantize(values, scales, quantized.dtype, table=table)
+        if leaf.gathered is not None and leaf.gathered[0] is not None:
+            # As its codes lie: the compiler would split the numbers as it splits what they are
+            # multiplied by, and gather them again.
+            rows = jax.lax.with_sharding_constraint(matrix.swapaxes(-1, -2), leaf.gathered[0])
+            matrix = rows.swapaxes(-1, -2)
     else:
         if quantized.packed:
             values = integer.unpack(values)

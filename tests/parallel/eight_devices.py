@@ -158,6 +158,10 @@ def gathers(program):
     return sorted({(kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in found})
 
 
+def share_of(leaf):
+    return leaf.addressable_shards[0].data.size / leaf.size
+
+
 def train(method, sizes, steps):
     devices = jax.devices() if sizes else jax.devices()[:1]
     placement = Placement(make_mesh(sizes or None, devices))
@@ -172,11 +176,15 @@ def train(method, sizes, steps):
     leaves = jax.tree.leaves((trainable, frozen))
     largest = max(leaves, key=lambda leaf: leaf.size)
     trained = jax.tree_util.tree_leaves_with_path(trainable)
+    # A and B, and their moments.
+    pairs = [x for x in jax.tree.leaves((trainable["adapter"], opt_state)) if x.ndim > 2]
+    pairs = pairs if trainable["adapter"] else []
     return {
         "losses": losses,
         "gathers": gathers(program.as_text()),
         "compiled": step._cache_size(),
-        "largest_share": largest.addressable_shards[0].data.size / largest.size,
+        "largest_share": share_of(largest),
+        "pairs_share": max(map(share_of, pairs), default=0),
         "matrices": sorted({specs[path].shape for path in linear}),
         "trained": [[jax.tree_util.keystr(path), list(leaf.shape)] for path, leaf in trained],
     }

@@ -70,6 +70,7 @@ def check(results, cases):
         split = ("fsdp", "tensor", "expert") if method.startswith("moe") else ("fsdp", "tensor")
         share = 1 / math.prod(sizes[axis] for axis in split)
         assert results[case]["largest_share"] == share, case
+        assert results[case]["pairs_share"] <= 1 / sizes["fsdp"], case
         if sizes["fsdp"] > 1 and method.removeprefix("moe-") in QUANTIZED:
             check_gathers(case, results[case], sizes["expert"])
 

@@ -5,14 +5,16 @@ import types
 
 import jax
 import numpy as np
+import optax
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from jaxlora.core import axes
 from jaxlora.ops.layout import MESH_AXES, RULES, partition
 from jaxlora.ops.quantize import dequantize, pack, quantize
 from jaxlora.parallel.mesh import make_mesh
 from jaxlora.parallel.rules import Placement, undivided
+from jaxlora.training.state import optimizer_shapes
 
 
 def mesh(**sizes):
@@ -55,6 +57,54 @@ def test_experts_and_tokens_have_an_axis_of_their_own():
 def test_a_mesh_axis_can_be_left_out():
     spec = partition(EIGHT, (axes.EMBED, axes.MLP), (8, 8), without="fsdp")
     assert spec == PartitionSpec(None, ("tensor",))
+
+
+@pytest.mark.parametrize(
+    ("logical", "shape", "wanted"),
+    [
+        ((None, axes.MLP), (4, 16), (None, ("tensor", "fsdp"))),
+        ((None, axes.MLP), (4, 6), (None, ("tensor",))),
+        ((axes.EXPERT, None, axes.MLP), (8, 4, 16), (None, None, ("tensor", "fsdp"))),
+        ((axes.LATENT, None), (16, 4), (("fsdp",), None)),
+        ((axes.EMBED, None), (16, 4), (("fsdp",), None)),
+        ((axes.MLP, axes.EMBED), (16, 16), (("tensor",), ("fsdp",))),
+        ((None, None), (16, 16), (None, None)),
+    ],
+)
+def test_a_mesh_axis_can_split_the_last_named_dimension_further(logical, shape, wanted):
+    assert partition(EIGHT, logical, shape, also="fsdp") == PartitionSpec(*wanted)
+
+
+@pytest.mark.parametrize(
+    ("logical", "size", "a", "b"),
+    [
+        ((axes.EMBED, axes.MLP), (16, 32), ("fsdp", None), (None, ("tensor", "fsdp"))),
+        ((axes.MLP, axes.EMBED), (32, 16), (("tensor", "fsdp"), None), (None, "fsdp")),
+        ((axes.EMBED, axes.KV_HEADS), (16, 6), ("fsdp", None), (None, "tensor")),
+        ((axes.EMBED, axes.KV_HEADS), (16, 3), ("fsdp", None), (None, None)),
+    ],
+)
+def test_both_arrays_of_a_pair_are_split_over_fsdp_and_their_moments_as_they_are(
+    logical, size, a, b
+):
+    sizes = tuple(EIGHT.shape[axis] for axis in MESH_AXES)
+
+    def put(x, sharding):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    placement = Placement(AbstractMesh(sizes, MESH_AXES), put)
+    shapes = {"a": (2, size[0], 4), "b": (2, 4, size[1]), "magnitude": (2, size[1])}
+    pair = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    pair = placement.adapter(pair, logical, stacked=True)
+    assert pair["a"].sharding.spec == PartitionSpec(None, *a)
+    assert pair["b"].sharding.spec == PartitionSpec(None, *b)
+    whole = partition(EIGHT, (None, logical[1]), shapes["magnitude"])
+    assert pair["magnitude"].sharding.spec == whole
+    state = optimizer_shapes(optax.adam(1e-3), pair, placement)[0]
+    for moments in (state.mu, state.nu):
+        assert {n: x.sharding for n, x in moments.items()} == {
+            n: x.sharding for n, x in pair.items()
+        }
 
 
 def test_no_two_dimensions_of_a_weight_share_a_mesh_axis():
