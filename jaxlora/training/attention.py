@@ -26,7 +26,8 @@ def attention_of(
       cfg: shape of its model.
       dtype: of the activations.
       placement: the mesh.
-      most_segments: how many examples a row holds at most; None for not known yet.
+      most_segments: how many examples a row holds at most; None for not known yet, then it is one
+        where nothing is packed.
 
     Raises:
       UserError: see `choose_backend`; a kernel for rows whose tokens are split.
@@ -40,13 +41,9 @@ def attention_of(
         )
     if split and asked == "auto" and platform != "cpu":
         asked = "chunked"
-    backend = choose_backend(
-        cfg,
-        platform,
-        dtype,
-        asked=asked,
-        most_segments=most_segments if config.sample_packing else 1,
-    )
+    if most_segments is None and not (config.sample_packing or derived.eval_packing(config)):
+        most_segments = 1
+    backend = choose_backend(cfg, platform, dtype, asked=asked, most_segments=most_segments)
     per_device = split or backend.per_device
     attend = on_each_device(backend.attend, placement) if per_device else backend.attend
     return attend, (backend.note,) if backend.note else ()
