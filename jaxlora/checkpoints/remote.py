@@ -4,7 +4,6 @@ Object storage has no rename: a checkpoint counts once its manifest is there, wh
 goes away first. Its digests are those of all other files, so that a half is never taken for whole.
 """
 
-import contextlib
 import logging
 import shutil
 import threading
@@ -139,11 +138,15 @@ class Mirror:
 
     def _put(self, name: str) -> None:
         path = self.folder / name
-        with contextlib.suppress(FileNotFoundError):  # replaced while others went up: next time
+        try:
             if self._sent.get(name) == (state := _state(path)):
                 return
             self._retry(lambda: self._storage.put_file(str(path), f"{self._root}/{name}"))
             self._sent[name] = state
+        except FileNotFoundError as error:
+            if path.exists():  # so storage libraries say that there is no such bucket
+                raise UserError(f"{self.address}: cannot be written: {reason(error)}") from error
+            # Replaced while others went up: next time.
 
     def _remove(self, step: int, there: dict[str, Any]) -> None:
         for name in reversed(_of_step(step, there)):

@@ -296,6 +296,28 @@ def test_storage_that_stays_away_is_said_in_one_line_with_where_the_files_are(
     assert run.store.steps() == [10]
 
 
+def test_a_bucket_that_is_not_there_is_an_error(storage, machine, monkeypatch):
+    run = Run()
+
+    def put_file(self, *paths, **options):  # as s3fs and gcsfs say it
+        raise FileNotFoundError("The specified bucket does not exist")
+
+    monkeypatch.setattr(type(storage), "put_file", put_file)
+    with pytest.raises(UserError, match=r"runs/one: cannot be written: The specified bucket"):
+        run.mirror.push()
+
+
+def test_a_file_that_is_replaced_while_others_go_up_goes_up_the_next_time(storage, machine):
+    run = Run()
+    listed = run.mirror._files
+    run.mirror._files = lambda: listed() | {"gone.json": run.folder / "gone.json"}
+    run.mirror.push()
+    assert "gone.json" not in names(storage)
+    (run.folder / "gone.json").write_text("{}")
+    run.mirror.push()
+    assert "gone.json" in names(storage)
+
+
 def test_somebody_elses_files_are_left_alone(storage, machine):
     storage.pipe_file("/bucket/runs/one/theirs.txt", b"x")
     with pytest.raises(UserError, match=r"not a jaxlora run's \(e\.g\. theirs\.txt\)"):
