@@ -285,4 +285,5 @@ def _decode_batch(
     _, found, counts, _ = jax.lax.while_loop(
         going, another, record(first, found, counts, budgets > 0)
     )
-    return found, counts
+    # Whole on every device, or a process could not read what others sampled.
+    return recipe.constrain(found, (None, None)), recipe.constrain(counts, (None,))

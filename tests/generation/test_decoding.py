@@ -107,6 +107,19 @@ def test_an_answer_stops_where_the_context_is_full(parrot):
     assert len(list(stream(model.transformer, model.params, prompts[0], options))) == 1
 
 
+def test_answers_are_whole_on_every_device(random_model):
+    """One process of several cannot read what lies on the devices of another."""
+    model, pinned = random_model(), []
+
+    def constrain(x, axes):
+        pinned.append((x.shape, axes))
+        return x
+
+    transformer = Transformer(model.transformer.cfg, constrain=constrain)
+    generate(transformer, model.params, PROMPTS, TWELVE)
+    assert pinned[-2:] == [((3, 32), (None, None)), ((3,), (None,))]
+
+
 def test_no_prompts_give_no_answers(random_model):
     model = random_model()
     assert generate(model.transformer, model.params, [], TWELVE) == []

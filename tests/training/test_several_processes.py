@@ -47,7 +47,10 @@ def check(tmp_path, name, metrics_of, done):
     assert all(line.startswith("[Gloo]") for line in said), "only process 0 prints"
     ours, theirs = metrics_of(tmp_path / "one"), metrics_of(tmp_path / name)
     np.testing.assert_allclose(losses_of(theirs), losses_of(ours), rtol=0, atol=TOLERANCE)
-    held_out = [[r["eval_loss"] for r in records if "eval_loss" in r] for records in (ours, theirs)]
+    held_out = [
+        [r[name] for r in records for name in ("eval_loss", "exact_match") if name in r]
+        for records in (ours, theirs)
+    ]
     np.testing.assert_allclose(*held_out, rtol=0, atol=TOLERANCE)
     steps = sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir())
     assert steps == ["checkpoint-2", "checkpoint-3"]
@@ -104,6 +107,7 @@ def test_a_run_continues_on_other_devices(run, keys, metrics_of, tmp_path, cache
     [
         (4, 1, {"adapter": "qlora", "quantization": "nf4"}),
         (2, 2, {"mesh": {"tensor": 2, "data": 2}}),
+        (2, 1, {"eval_exact_match": True, "eval_max_new_tokens": 4}),
         (2, 2, {"mesh": {"fsdp": 2, "context": 2}}),
         (2, 1, {"adapter": None, "learning_rate": 1e-3}),
         (4, 2, {"peft_use_dora": True, "mesh": {"fsdp": 4, "tensor": 2}}),
