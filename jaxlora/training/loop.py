@@ -176,6 +176,8 @@ class Run:
                     self.interrupts.check()
                     self._step(display, sinks, store, saver, evaluator)
                 saver.save(self.state)
+            # Nothing else makes processes meet between the last check and one in an evaluation.
+            processes.exchange("trained", True)
             if evaluator.stale:
                 display.say("stopped: the held-out loss falls no more (early_stopping_patience)")
             with self.phases("eval"):

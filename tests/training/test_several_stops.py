@@ -1,5 +1,6 @@
 """Processes of one run end together: a signal to one stops both, one that hangs ends the other."""
 
+import itertools
 import json
 import os
 import signal
@@ -8,6 +9,10 @@ import sys
 
 import loopback
 import pytest
+
+from jaxlora.data.batches import Batches
+from jaxlora.parallel import processes
+from jaxlora.training.interrupt import Interrupts
 
 # Which process sends itself which signal while it makes the batch of which step (from 0).
 PROGRAM = """
@@ -71,6 +76,21 @@ def steps(folder):
 def statuses(processes):
     outputs = [process.communicate(timeout=600)[0] for process in processes]
     return [process.returncode for process in processes], outputs
+
+
+def test_processes_meet_between_any_two_places_where_they_may_stop(run, monkeypatch):
+    """A step and a batch of an evaluation have numbers of all; `SharedStop` relies on it."""
+    events = []
+
+    def noting(event, function):
+        return lambda *arguments: (events.append(event), function(*arguments))[1]
+
+    monkeypatch.setattr(Interrupts, "check", noting("asks", Interrupts.check))
+    monkeypatch.setattr(Batches, "batch", noting("meets", Batches.batch))
+    monkeypatch.setattr(processes, "exchange", noting("meets", processes.exchange))
+    run(val_set_size=6, eval_steps=2, max_steps=3, save_strategy="steps", save_steps=1)
+    assert events.count("asks") >= 7
+    assert ("asks", "asks") not in itertools.pairwise(events), events
 
 
 def test_a_signal_to_one_process_stops_both_at_the_same_step(start, tmp_path):
