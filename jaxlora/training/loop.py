@@ -155,9 +155,8 @@ class Run:
         stack.callback(lambda: [sink.close() for sink in sinks])
         display = stack.enter_context(Display(plan.total_steps, first=self.state.step, quiet=quiet))
         self.phases.begin("other")
-        stack.enter_context(
-            StallGuard(self.phases, config.stall_timeout, folder, lambda: store.settle(10))
-        )
+        guard = StallGuard(self.phases, config.stall_timeout, folder, lambda: store.settle(10))
+        stack.enter_context(guard)
         if here := self.state.step:
             display.say(f"continuing from the checkpoint of step {here}")
             self.last_loss = record_at(records, here).get("loss", math.nan)
@@ -176,8 +175,7 @@ class Run:
                     self.interrupts.check()
                     self._step(display, sinks, store, saver, evaluator)
                 saver.save(self.state)
-            # Nothing else makes processes meet between the last check and one in an evaluation.
-            processes.exchange("trained", True)
+            processes.exchange("trained", True)  # they meet between this check and the next
             if evaluator.stale:
                 display.say("stopped: the held-out loss falls no more (early_stopping_patience)")
             with self.phases("eval"):

@@ -1,6 +1,7 @@
 """What a run tells an attention kernel of its rows."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,8 @@ def test_a_kernel_is_told_of_every_segment_of_a_row(keys, monkeypatch, packs, kn
     gpu = SimpleNamespace(platform="gpu")
     mesh = SimpleNamespace(devices=np.array([gpu]), shape={"context": 1}, size=1)
     config = load_config({**keys, **packs, "val_set_size": 2, "output_dir": "unused"})
-    attend, notes = attention_of(config, CFG, "bfloat16", SimpleNamespace(mesh=mesh), known)
+    placement: Any = SimpleNamespace(mesh=mesh)
+    attend: Any
+    attend, notes = attention_of(config, CFG, "bfloat16", placement, known)
     assert notes == ()
     assert attend.most_segments == told
