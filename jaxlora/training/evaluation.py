@@ -15,6 +15,7 @@ from jaxlora.core.tree import Tree
 from jaxlora.data.scoring import examples_for_scoring, table_for_scoring
 from jaxlora.generation.sampling import SamplingOptions
 from jaxlora.generation.scoring import Score, exact_match
+from jaxlora.parallel import processes
 from jaxlora.training.labels import Confusion
 from jaxlora.training.metrics import Sink, write_all
 from jaxlora.training.progress import Display
@@ -160,13 +161,19 @@ class Evaluator:
         if not self._plan.config.eval_exact_match:
             return found
         started = time.monotonic()
-        score = held_out_score(self._plan, state.trainable, state.frozen, self._between)
+        score = held_out_score(self._plan, state.trainable, state.frozen, self._between_answers)
+        processes.exchange("answers", True)
         self._display.pause(time.monotonic() - started)
         self._display.say(
             f"held-out exact match {when}: {score.rate:.1%} ({score.correct} of {score.total})"
         )
         write_all(self._sinks, state.step, {"exact_match": score.rate})
         return found | {"exact_match": score.rate}
+
+    def _between_answers(self) -> None:
+        # Devices that decode alike need no word of each other: then only this makes processes meet.
+        processes.exchange("answers", True)
+        self._between()
 
     def before(self, state: TrainState, first: dict[str, float]) -> dict[str, float]:
         """Numbers from before training; a run that continues has them in its metrics."""

@@ -88,8 +88,9 @@ def test_processes_meet_between_any_two_places_where_they_may_stop(run, monkeypa
     monkeypatch.setattr(Interrupts, "check", noting("asks", Interrupts.check))
     monkeypatch.setattr(Batches, "batch", noting("meets", Batches.batch))
     monkeypatch.setattr(processes, "exchange", noting("meets", processes.exchange))
-    run(val_set_size=6, eval_steps=2, max_steps=3, save_strategy="steps", save_steps=1)
-    assert events.count("asks") >= 7
+    options = {"val_set_size": 12, "eval_exact_match": True, "eval_max_new_tokens": 2}
+    run(**options, eval_steps=2, max_steps=3, save_strategy="steps", save_steps=1)
+    assert events.count("asks") >= 11
     assert ("asks", "asks") not in itertools.pairwise(events), events
 
 
