@@ -83,6 +83,7 @@ def apply(
     adapter: Mapping[str, Mapping[str, jax.Array]],
     targets: Mapping[str, Target],
     key: UInt32[Array, "2"] | jax.Array | None = None,
+    gathered: Mapping[str, Any] | None = None,
 ) -> Tree:
     """Returns `params` with a `LoraArray` wherever the adapter has a pair.
 
@@ -93,6 +94,7 @@ def apply(
       adapter: from `init`, or loaded.
       targets: the targets the adapter was made for.
       key: typed PRNG key of this step's dropout; None switches dropout off.
+      gathered: `LoraArray.gathered` of the pairs that have one.
     """
     leaves = flatten(params)
     keys = {} if key is None else _dropout_keys(targets, key)
@@ -110,6 +112,7 @@ def apply(
                 key=keys.get(path),
                 dropout=targets[path].dropout,
                 bias=None if _sibling(path) in biases else pair.get("bias"),
+                gathered=(gathered or {}).get(path),
             )
             for path, pair in adapter.items()
             if not targets[path].vector

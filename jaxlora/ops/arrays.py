@@ -109,6 +109,9 @@ class LoraArray:
       key: ``[..., 2]`` raw uint32 PRNG key; None switches dropout off (evaluation).
       dropout: probability that an input of the low-rank path is dropped.
       bias: ``[..., out]``, scaled and added to the product; None for nearly every adapter.
+      gathered: shardings of one layer's `a` and `b` just before they are multiplied by, so that a
+        pair that is split over devices is gathered and not the tokens moved; None leaves it to
+        the compiler.
     """
 
     base: Any
@@ -119,6 +122,7 @@ class LoraArray:
     key: UInt32[Array, "*lead 2"] | None = None
     dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
     bias: Float[Array, "*lead O"] | None = None
+    gathered: Any = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:

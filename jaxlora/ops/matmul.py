@@ -5,6 +5,7 @@ full fine-tuning, LoRA, DoRA and QLoRA are the same forward pass over different 
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -149,7 +150,7 @@ _quantized_matmul.defvjp(_quantized_forward, _quantized_backward)
 def _lora_matmul(x, w: LoraArray):
     base = matmul(x, w.base)
     dropped = x if w.key is None else _dropout(x, w.key, w.dropout)
-    low_rank = _low_rank_matmul(dropped, w.a, w.b, w.scale)
+    low_rank: Any = _low_rank_matmul(dropped, w.a, w.b, w.scale, w.gathered)
     if w.bias is not None:
         low_rank = low_rank + (w.scale * w.bias).astype(x.dtype)
     if w.magnitude is None:
@@ -166,28 +167,39 @@ def _dropout(x, key, rate):
     return jnp.where(keep, x / (1.0 - rate), 0).astype(x.dtype)
 
 
-@jax.custom_vjp
-def _low_rank_matmul(x, a, b, scale):
-    return _low_rank_forward(x, a, b, scale)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _low_rank_matmul(x, a, b, scale, gathered):
+    return _low_rank_forward(x, a, b, scale, gathered)[0]
 
 
-def _low_rank_forward(x, a, b, scale):
+def _pinned(a: jax.Array, b: jax.Array, gathered: Any) -> tuple[jax.Array, jax.Array]:
+    if gathered is None:
+        return a, b
+    for_a, for_b = gathered
+    constrain = jax.lax.with_sharding_constraint
+    return constrain(a, for_a), constrain(b, for_b)
+
+
+def _low_rank_forward(x, a, b, scale, gathered):
     # The scale goes to the narrow sides, so that a device can add the product up with the base's.
-    h = jnp.matmul(x, a.astype(x.dtype)) * scale.astype(x.dtype)
-    return jnp.matmul(h, b.astype(x.dtype)), (x, h, a, b, scale)
+    wide, out = _pinned(a.astype(x.dtype), b.astype(x.dtype), gathered)
+    h = jnp.matmul(x, wide) * scale.astype(x.dtype)
+    return jnp.matmul(h, out), (x, h, a, b, scale)
 
 
-def _low_rank_backward(residuals, dy):
+def _low_rank_backward(gathered, residuals, dy):
     # Contractions over tokens: autodiff's (dy^T h)^T makes XLA transpose the large dy instead
     # (1.5 to 1.7 times slower steps on a CPU, equal losses).
     x, h, a, b, scale = residuals
-    dh = jnp.einsum("...O,RO->...R", dy, b.astype(dy.dtype)) * scale.astype(dy.dtype)
+    wide, out = _pinned(a.astype(dy.dtype), b.astype(dy.dtype), gathered)
+    dh = jnp.einsum("...O,RO->...R", dy, out) * scale.astype(dy.dtype)
     db = jnp.einsum("...R,...O->RO", h, dy, preferred_element_type=jnp.float32)
     da = jnp.einsum("...R,...I->RI", dh, x, preferred_element_type=jnp.float32)
     # XLA would fold the transposition into the product; that form is slower on a CPU, which for
     # 16-bit factors has no kernel for it at all.
     da = jax.lax.optimization_barrier(da).T
-    dx = jnp.einsum("...R,IR->...I", dh, a.astype(dh.dtype))
+    da, db = _pinned(da, db, gathered)
+    dx = jnp.einsum("...R,IR->...I", dh, wide)
     return dx, da.astype(a.dtype), db.astype(b.dtype), None
 
 

@@ -20,13 +20,18 @@ from jaxlora.lora.parts import fill
 from jaxlora.models.transformer import Transformer, bind
 from jaxlora.ops.loss import chunked_cross_entropy, tokens_per_chunk
 from jaxlora.parallel.mesh import batch_shards
+from jaxlora.training.gathering import gathered_pairs
 
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
 def weights(
-    trainable: Tree, frozen: Tree, targets: Mapping[str, Target], key: jax.Array | None = None
+    trainable: Tree,
+    frozen: Tree,
+    targets: Mapping[str, Target],
+    key: jax.Array | None = None,
+    gathered: Mapping[str, Any] | None = None,
 ) -> Tree:
     """Returns the parameter tree a transformer binds: trained leaves in place, LoRA on top.
 
@@ -35,9 +40,10 @@ def weights(
       frozen: ``{path: leaf}`` of what does not, with a hole where a part of a leaf trains.
       targets: of the adapter.
       key: dropout key of this forward pass; None in evaluation.
+      gathered: `LoraArray.gathered` of the pairs that have one.
     """
     own = {path: fill(frozen.get(path), value) for path, value in trainable["params"].items()}
-    return lora.apply(unflatten({**frozen, **own}), trainable["adapter"], targets, key)
+    return lora.apply(unflatten({**frozen, **own}), trainable["adapter"], targets, key, gathered)
 
 
 def _read(transformer: Transformer, params: Tree, batch: Batch) -> tuple[Any, ...]:
@@ -115,6 +121,7 @@ def make_train_step(
         that the second step does not compile anew.
     """
     placed = jax.tree.map(lambda x: x.sharding, like)
+    gathered = gathered_pairs(placed[0]["adapter"], targets)
     head_trains = trains_head(transformer, like[0])
     mesh = getattr(jax.tree.leaves(placed)[0], "mesh", None)
     row_shards = 1 if mesh is None else batch_shards(mesh)
@@ -123,7 +130,7 @@ def make_train_step(
         step_key = jax.random.fold_in(seed_key, number)
 
         def loss_of(trainable, micro_batch, key):
-            params = weights(trainable, frozen, targets, key)
+            params = weights(trainable, frozen, targets, key, gathered)
             return batch_loss(
                 transformer,
                 params,
