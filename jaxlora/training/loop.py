@@ -89,6 +89,8 @@ def train(config: Config, *, quiet: bool = False, profile: bool = False) -> Trai
         run = Run(plan, trainable, frozen, origin, phases, interrupts)
         needed = needed_bytes(config, run.state, plan.total_steps, run.save_every)
         folder = shared_folder.claim(config, stack, continues=origin.continues, needed_bytes=needed)
+        if not origin.continues:
+            push_all(config, mirror)  # what cannot be written is told now
         trace = StepTrace(folder if profile else None, plan.total_steps)
         run.trace = stack.enter_context(contextlib.closing(trace))
         run.mirror = mirror

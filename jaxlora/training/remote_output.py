@@ -70,7 +70,7 @@ def named_by_address(config: Config) -> Iterator[None]:
 
 
 def push_all(config: Config, mirror: Mirror | None) -> None:
-    """Brings up what is left at the end of a run; all processes must call it."""
+    """Brings up what has not gone up yet; all processes must call it."""
     if is_storage(config.output_dir):
         push: Callable[[], None] = mirror.push if mirror else lambda: None
         with processes.together("upload"):

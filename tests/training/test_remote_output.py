@@ -103,6 +103,18 @@ def test_storage_that_fails_ends_the_run_in_one_line(run, storage, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+def test_a_bucket_that_is_not_there_is_told_before_the_first_step(
+    run, storage, monkeypatch, crash_at
+):
+    def put_file(self, *paths, **options):  # as s3fs and gcsfs say it
+        raise FileNotFoundError("The specified bucket does not exist")
+
+    crash_at(0)
+    monkeypatch.setattr(type(storage), "put_file", put_file)
+    with pytest.raises(UserError, match=f"{ADDRESS}: cannot be written: The specified bucket"):
+        run("unused", output_dir=ADDRESS, **SAVES)
+
+
 # Uploads take a while, in small pieces, so that kills fall into them.
 PROGRAM = """
 import sys, time
