@@ -76,14 +76,13 @@ def choose_backend(
     if asked == "auto":
         name = "chunked" if kernel is None or why_not else kernel
         note = f"attention in chunks, not by {kernel}: {why_not}" if why_not else ""
+    on_cpu = chunked_attention if asked == "chunked" else _by_length
     attends: dict[str, Attend] = {
         "reference": reference_attention,
-        "chunked": _by_length if platform == "cpu" else _chunked_on_device,
+        "chunked": on_cpu if platform == "cpu" else _chunked_on_device,
         "cudnn": CudnnAttention(most_segments),
         "splash": SplashAttention(),
     }
-    if asked == "chunked":
-        attends["chunked"] = chunked_attention if platform == "cpu" else _chunked_on_device
     return Backend(name, attends[name], note, per_device=name in _KERNEL_OF.values())
 
 

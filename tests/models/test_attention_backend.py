@@ -66,9 +66,12 @@ def test_a_kernel_that_cannot_serve_is_refused(cfg, platform, asked, words):
         choose_backend(cfg, platform, "bfloat16", asked=asked)
 
 
-@pytest.mark.parametrize(("length", "chunked"), [(511, False), (512, True)])
-def test_a_cpu_cuts_long_rows_only(length, chunked):
-    backend = choose_backend(CFG, "cpu", "float32")
+@pytest.mark.parametrize(
+    ("length", "asked", "chunked"),
+    [(511, "auto", False), (512, "auto", True), (128, "chunked", True)],
+)
+def test_a_cpu_cuts_long_rows_only_unless_asked(length, asked, chunked):
+    backend = choose_backend(CFG, "cpu", "float32", asked=asked)
     x = np.zeros((1, length, 2, 8), np.float32)
     positions = np.zeros((1, length), np.int32)
     seen = Visibility(positions, positions, positions, positions, in_place=True)
