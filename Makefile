@@ -36,7 +36,7 @@ reliability:
 	$(PYTHON) -m pytest -m "reliability" tests
 	$(PYTHON) -m pytest -m "reliability" tests
 
-# Llama 3 8B and 70B and Mistral 7B compiled for TPU slices that are not here; needs jaxlora[plan],
+# Llama 3 8B, also at 131,072 tokens, and 70B, and Mistral 7B, compiled for TPU slices that are not here; needs jaxlora[plan],
 # 10 GiB of memory and about a quarter of an hour on 2 quiet cores.
 plan-tests:
 	$(PYTHON) -m pytest -m "plan" tests/planning

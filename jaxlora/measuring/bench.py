@@ -168,7 +168,7 @@ class _Subject:
         key = jax.random.fold_in(jax.random.key(config.seed), 2)
         like = (self.trainable, self.opt_state)
         self._train: Any = make_train_step(model.transformer, model.targets, optimizer, key, like)
-        self._forward = make_eval_step(model.transformer, model.targets)
+        self._forward = make_eval_step(model.transformer, model.targets, self.trainable)
 
     def program(self) -> Any:
         """Returns the compiled step; it cannot be called, as its int4 arguments have a layout."""

@@ -233,7 +233,7 @@ def evaluate(config: Config) -> Evaluation:
         raise UserError("evaluate: no held-out data; set test_datasets or val_set_size.")
     plan = make_plan(config)
     trainable, frozen = load_weights(config, plan.model)
-    step = make_eval_step(plan.model.transformer, plan.model.targets)
+    step = make_eval_step(plan.model.transformer, plan.model.targets, trainable)
     found = held_out(step, trainable, frozen, plan)
     score = held_out_score(plan, trainable, frozen) if config.eval_exact_match else None
     return Evaluation(found, score)

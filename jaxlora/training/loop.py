@@ -131,7 +131,9 @@ class Run:
         self.train_step = phases.compiling(
             make_train_step(model.transformer, model.targets, optimizer, key, like)
         )
-        self.eval_step = phases.compiling(make_eval_step(model.transformer, model.targets))
+        self.eval_step = phases.compiling(
+            make_eval_step(model.transformer, model.targets, trainable)
+        )
         self.eval_every = derived.eval_every(config, plan.steps_per_epoch)
         self.save_every = derived.save_every(config, plan.steps_per_epoch)
         self.log_every = derived.logging_steps(config, plan.total_steps)

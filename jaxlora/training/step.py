@@ -164,17 +164,26 @@ def make_train_step(
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=(*placed, None))
 
 
-def make_eval_step(transformer: Transformer, targets: Mapping[str, Target]) -> Callable[..., Any]:
+def make_eval_step(
+    transformer: Transformer, targets: Mapping[str, Target], like: Tree | None = None
+) -> Callable[..., Any]:
     """Returns ``step(trainable, frozen, batch) -> (loss sum, trained tokens, confusion)``.
 
     Without dropout. The confusion of a classifier counts texts, ``[label, most likely label]``;
     that of a model of tokens is empty.
+
+    Args:
+      transformer: unbound transformer.
+      targets: of the adapter.
+      like: `trainable` as it will come in; None leaves to the compiler how a split pair is used.
     """
     labels = transformer.cfg.num_labels
+    adapter = {} if like is None else jax.tree.map(lambda x: x.sharding, like["adapter"])
+    gathered = gathered_pairs(adapter, targets)
 
     @jax.jit
     def step(trainable, frozen, batch: Batch):
-        params = weights(trainable, frozen, targets)
+        params = weights(trainable, frozen, targets, gathered=gathered)
 
         def add_micro_batch(sums, micro_batch):
             model, hidden, wanted, counted = _read(transformer, params, micro_batch)
