@@ -128,12 +128,10 @@ class Run:
         )
         key = jax.random.fold_in(jax.random.key(config.seed), 2)
         like = (self.state.trainable, self.state.opt_state)
-        self.train_step = phases.compiling(
-            make_train_step(model.transformer, model.targets, optimizer, key, like)
-        )
-        self.eval_step = phases.compiling(
-            make_eval_step(model.transformer, model.targets, trainable)
-        )
+        training = make_train_step(model.transformer, model.targets, optimizer, key, like)
+        self.train_step = phases.compiling(training)
+        evaluating = make_eval_step(model.transformer, model.targets, trainable)
+        self.eval_step = phases.compiling(evaluating)
         self.eval_every = derived.eval_every(config, plan.steps_per_epoch)
         self.save_every = derived.save_every(config, plan.steps_per_epoch)
         self.log_every = derived.logging_steps(config, plan.total_steps)
