@@ -27,19 +27,18 @@ oracle:
 
 # The family matrix alone, which writes what it measured to docs/families.md.
 families-table:
-	PYTHONPATH=tests/oracle:$(CURDIR) $(PYTHON) -m pytest -p families_table \
+	PYTHONPATH=tests/oracle:$(CURDIR) $(PYTHON) -m pytest -n 0 -p families_table \
 		-m "oracle or not reliability" tests/oracle/test_families.py
 
 # Kills, signals, damage, full disks: many of each. Writes benchmarks/results and docs/reliability.md.
 reliability:
 	$(PYTHON) benchmarks/reliability
-	$(PYTHON) -m pytest -m "reliability" tests
-	$(PYTHON) -m pytest -m "reliability" tests
+	$(PYTHON) -m pytest -n 0 -m "reliability" tests
 
 # Llama 3 8B, also at 131,072 tokens, and 70B, and Mistral 7B, compiled for TPU slices that are not here; needs jaxlora[plan],
 # 10 GiB of memory and about a quarter of an hour on 2 quiet cores.
 plan-tests:
-	$(PYTHON) -m pytest -m "plan" tests/planning
+	$(PYTHON) -m pytest -n 0 -m "plan" tests/planning
 
 quickstart:
 	jaxlora train configs/quickstart.yml
