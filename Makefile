@@ -27,7 +27,7 @@ oracle:
 
 # The family matrix alone, which writes what it measured to docs/families.md.
 families-table:
-	PYTHONPATH=tests/oracle:$(CURDIR) $(PYTHON) -m pytest -n 0 -p families_table \
+	PYTHONPATH=tests/oracle:$(CURDIR) $(PYTHON) -m pytest --dist load -p families_table \
 		-m "oracle or not reliability" tests/oracle/test_families.py
 
 # Kills, signals, damage, full disks: many of each. Writes benchmarks/results and docs/reliability.md.

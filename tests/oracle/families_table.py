@@ -141,4 +141,5 @@ def _line(cells: list[str]) -> str:
 
 
 def pytest_configure(config: Any) -> None:
-    config.pluginmanager.register(Table())
+    if not hasattr(config, "workerinput"):  # pytest-xdist's processes report to this one
+        config.pluginmanager.register(Table())
