@@ -231,7 +231,7 @@ class Run:
         with self.trace.step(self.state.step):
             values, tokens = self._advance(display)
         step = self.state.step
-        self.failed = self.watchdog.barks(values.get("loss", 0.0))
+        self.failed = self.watchdog.barks(values.get("loss"))
         last = step == self.plan.total_steps or self.failed
         display.advance(tokens)
         log = step % self.log_every == 0 or last or "loss" not in values

@@ -1,5 +1,6 @@
 """Ends a run before its time: a loss that stays high, a held-out loss that falls no more."""
 
+import math
 from collections.abc import Sequence
 
 
@@ -19,9 +20,12 @@ class LossWatchdog:
         self.threshold, self.patience = threshold, patience
         self._high = 0
 
-    def barks(self, loss: float) -> bool:
-        """Takes the loss of the next step; returns whether the run should end."""
-        if self.threshold is None:
+    def barks(self, loss: float | None) -> bool:
+        """Takes the loss of the next step; returns whether the run should end.
+
+        None, a step that was left out, is neither high nor well.
+        """
+        if self.threshold is None or loss is None:
             return False
         self._high = self._high + 1 if loss > self.threshold else 0
         return self._high >= self.patience
@@ -30,11 +34,12 @@ class LossWatchdog:
 def falls_no_more(losses: Sequence[float], patience: int | None) -> bool:
     """Returns whether the last `patience` held-out losses are all no lower than the lowest before.
 
-    As transformers counts; None never gives up.
+    As transformers counts; None never gives up. A loss that is not a number is the highest.
 
     >>> falls_no_more([3.0, 2.0, 2.5, 1.9, 1.9], 2), falls_no_more([3.0, 2.0, 2.0, 2.5], 2)
     (False, True)
     """
     if patience is None or not losses:
         return False
+    losses = [math.inf if math.isnan(loss) else loss for loss in losses]
     return len(losses) - 1 - losses.index(min(losses)) >= patience
