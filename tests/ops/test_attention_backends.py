@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import inputs, value_and_gradients, visible
+from attention_cases import T, inputs, value_and_gradients, visible
 
 from jaxlora.ops import attention_cudnn
 from jaxlora.ops.attention import Visibility, for_each_window, reference_attention

@@ -14,7 +14,14 @@ from jaxlora.config.load import load_config
 from jaxlora.core.errors import UserError
 from jaxlora.training.loop import train
 
-RATES = {"adamw": 1e-2, "lion": 3e-3, "sgd": 1.0, "adafactor": 1e-2, "muon": 1e-2}
+RATES = {
+    "adamw": 1e-2,
+    "adamw_8bit": 1e-2,
+    "lion": 3e-3,
+    "sgd": 1.0,
+    "adafactor": 1e-2,
+    "muon": 1e-2,
+}
 FULL = {"adapter": None, "lora_r": None, "lora_alpha": None, "lora_target_linear": None}
 
 
