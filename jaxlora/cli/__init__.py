@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import select
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -47,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         use_compilation_cache()
     try:
         check_environment(os.environ)
-        return options.run(options) or 0
+        status = options.run(options) or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         for line in str(error).splitlines():
             print(f"jaxlora: error: {line}", file=sys.stderr)
@@ -55,6 +59,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print("jaxlora: interrupted", file=sys.stderr)
         return getattr(interrupt, "exit_code", 130)
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python has left
+        return 128 + signal.SIGPIPE
+
+
+def _nobody_reads() -> bool:
+    """Returns whether the reader of a pipe, such as `head`, has gone."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,6 +19,23 @@ if TYPE_CHECKING:
 
 TARGETS = ("local", "tpu-vm", "queued-resource", "gke", "slurm", "skypilot")
 
+_ELSEWHERE = TARGETS[1:]
+_INSTALLED = tuple(target for target in _ELSEWHERE if target != "slurm")
+# Options that some targets have no use for, and the targets that have one.
+_TARGETS_OF: Mapping[str, tuple[str, ...]] = {
+    "processes": ("local",),
+    "topology": _ELSEWHERE,
+    "nodes": ("gke", "slurm", "skypilot"),
+    "name": _ELSEWHERE,
+    "spot": _ELSEWHERE,
+    "install": _INSTALLED,
+    "env": _ELSEWHERE,
+    "zone": ("tpu-vm", "queued-resource", "skypilot"),
+    "project": ("tpu-vm", "queued-resource"),
+    "image": ("gke",),
+    **dict.fromkeys(("partition", "account", "time_limit", "python"), ("slurm",)),
+}
+
 _EPILOG = """examples:
   jaxlora launch my.yml --on local --processes 4
   jaxlora launch my.yml --on tpu-vm --topology v5e:4x4 --zone us-west4-a --dry-run
@@ -28,6 +45,16 @@ _EPILOG = """examples:
   jaxlora launch my.yml --on skypilot --topology h100:8 --nodes 2 --spot
 
 Any key of docs/configuration.md can follow as --key=value. docs/launch.md explains each target.
+"""
+
+# A wait for all at once would be 0 whatever they end with.
+_LOCAL_SCRIPT = """#!/usr/bin/env bash
+ids=()
+{lines}status=0
+for id in "${{ids[@]}}"; do
+  wait "$id" || status=$?
+done
+exit "$status"
 """
 
 
@@ -65,6 +92,14 @@ def add_commands(commands: Any) -> None:
 def _launch(options: argparse.Namespace) -> int:
     if options.dry_run and options.output:
         raise UserError("--dry-run prints and --output writes; give one of them.")
+    for name, targets in _TARGETS_OF.items():
+        value = getattr(options, name)
+        given = value is True or value not in (None, False, 0, 1, [])
+        if given and options.on not in targets:
+            raise UserError(
+                f"--{name.replace('_', '-')}: no effect with --on {options.on}, only with "
+                f"{', '.join(targets)}; remove it."
+            )
     if options.on == "local":
         return _local(options)
     job = _job(options)
@@ -86,12 +121,15 @@ def _local(options: argparse.Namespace) -> int:
 
     load_config(options.config, options.overrides)  # a mistake is said once, not by each process
     commands = train_commands(options.config, options.overrides, options.processes)
-    lines = "".join(f"{shlex.join(command)} &\n" for command in commands) + "wait\n"
+    lines = [f"{shlex.join(command)} &" for command in commands]
     if options.dry_run:
-        print(lines, end="")
+        print(*lines, "wait", sep="\n")
         return 0
     if options.output:
-        _write(options.output, f"#!/usr/bin/env bash\n{lines}")
+        _write(
+            options.output,
+            _LOCAL_SCRIPT.format(lines="".join(f"{each} ids+=($!)\n" for each in lines)),
+        )
         print(f"written: {options.output}")
         return 0
     return run_together(commands)

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from jaxlora.config import rules
 from jaxlora.config.datasets import LEGACY_KEYS, DatasetConfig
 from jaxlora.config.keys import DATASET_REFUSED, IMPLIED, MAPPED, NO_OP, REFUSED, SYNONYMS
+from jaxlora.config.overrides import flag
 from jaxlora.config.problem import Path, Problem
 from jaxlora.config.roles import is_live, refusal
 from jaxlora.config.schema import Config
@@ -56,7 +57,10 @@ def examine(raw: Mapping[str, Any]) -> tuple[Config, list[Problem]]:
 
 def line_of(problem: Problem, where: Callable[[Path], str]) -> str:
     """Returns a problem as one line of an error."""
-    return f"{where(problem.path)}: {key(problem.path)}: {problem.text}"
+    place, name = where(problem.path), key(problem.path)
+    if place == flag(problem.path):  # the flag says the key already
+        return f"{place}: {problem.text}"
+    return f"{place}: {name}: {problem.text}"
 
 
 def key(path: Path) -> str:

@@ -13,8 +13,8 @@ from jaxlora.config.overrides import apply_overrides, flag, parse_overrides
 from jaxlora.config.problem import Path, Problem
 from jaxlora.config.schema import Config
 
-# Keys that may name a local file or folder.
-_PATHS = (
+# Keys that may name a local file or folder, at the top and in a data set.
+PATHS = (
     "base_model",
     "base_model_config",
     "tokenizer_config",
@@ -23,7 +23,7 @@ _PATHS = (
     "chat_template",
     "chat_template_jinja",
 )
-_DATASET_PATHS = ("path", "data_files", "chat_template", "chat_template_jinja")
+DATASET_PATHS = ("path", "data_files", "chat_template", "chat_template_jinja")
 
 
 def load_config(
@@ -105,7 +105,7 @@ def dump_config(config: Config) -> str:
 def _with_paths(values: dict[str, Any], folder: str | None) -> dict[str, Any]:
     if folder is None:
         return values
-    found = {key: _located(values[key], folder) for key in _PATHS if key in values}
+    found = {key: _located(values[key], folder) for key in PATHS if key in values}
     for key in ("datasets", "pretraining_dataset", "test_datasets"):
         if isinstance(values.get(key), list):
             found[key] = [_with_dataset_paths(entry, folder) for entry in values[key]]
@@ -115,7 +115,7 @@ def _with_paths(values: dict[str, Any], folder: str | None) -> dict[str, Any]:
 def _with_dataset_paths(entry: Any, folder: str) -> Any:
     if not isinstance(entry, dict):
         return entry
-    return entry | {key: _located(entry[key], folder) for key in _DATASET_PATHS if key in entry}
+    return entry | {key: _located(entry[key], folder) for key in DATASET_PATHS if key in entry}
 
 
 def _located(value: Any, folder: str) -> Any:

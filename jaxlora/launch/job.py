@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from importlib import metadata
 
-from jaxlora.config.load import dump_config, load_config
+from jaxlora.config.load import DATASET_PATHS, PATHS, dump_config, load_config
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError
 from jaxlora.launch.topology import Topology
@@ -137,19 +137,20 @@ def check_reachable(job: Job, target: str) -> None:
 
 
 def _paths(config: Config) -> list[tuple[str, str]]:
-    keys = ("base_model", "base_model_config", "tokenizer_config", "lora_model_dir")
-    found = [(key, getattr(config, key)) for key in keys]
-    found += [("chat_template", config.chat_template)]
+    """What may name a file, with its key."""
+    found = [(key, getattr(config, key)) for key in PATHS]
     for key in ("datasets", "test_datasets", "pretraining_dataset"):
-        found += [(f"{key}.{n}.path", entry.path) for n, entry in enumerate(getattr(config, key))]
-    return [(key, value) for key, value in found if value]
+        for number, entry in enumerate(getattr(config, key)):
+            for name in DATASET_PATHS:
+                value = getattr(entry, name, None)
+                values = value if isinstance(value, list | tuple) else [value]
+                found += [(f"{key}.{number}.{name}", each) for each in values]
+    return [(key, value) for key, value in found if isinstance(value, str)]
 
 
 def storage_packages(job: Job) -> list[str]:
     """Returns the pip packages for the object storage that the run names."""
     texts = [path for _, path in _paths(job.config)] + [job.config.output_dir]
-    if isinstance(job.config.resume_from_checkpoint, str):
-        texts.append(job.config.resume_from_checkpoint)
     return sorted({package for text in texts if (package := package_for(text))})
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +59,7 @@ def test_check_reports_all_errors_at_once_with_file_and_line(write, capsys):
     for key in ("lora_rr", "rl", "warmup_steps"):
         number = next(i for i, line in enumerate(lines, 1) if line.startswith(f"{key}:"))
         assert f"jaxlora: error: {path}:{number}: {key}: " in captured.err
-    assert "jaxlora: error: --seed: seed: " in captured.err
+    assert "jaxlora: error: --seed: expected" in captured.err
     assert captured.err.count("\n") == 4
     assert "refused (4)" in captured.out
     assert "resolved" not in captured.out
@@ -178,3 +179,13 @@ def test_help_is_there_in_a_tenth_of_a_second():
 
     # Processor time, and the best of several: other programs share the machine.
     assert min(run() for _ in range(5)) <= 0.1
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "-m", "jaxlora.cli", "config", "schema"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 128 + signal.SIGPIPE

@@ -30,7 +30,8 @@ def config(tmp_path, monkeypatch) -> str:
 @pytest.mark.parametrize("target", ["tpu-vm", "queued-resource", "gke", "skypilot"])
 def test_a_dry_run_prints_and_writes_nothing(config, capsys, target):
     before = os.listdir()
-    assert main(["launch", config, "--on", target, *OPTIONS, "--lora_r=8", "--dry-run"]) == 0
+    options = [each for each in OPTIONS if target != "gke" or "zone" not in each]
+    assert main(["launch", config, "--on", target, *options, "--lora_r=8", "--dry-run"]) == 0
     assert "lora_r: 8" in capsys.readouterr().out
     assert os.listdir() == before
 
@@ -60,7 +61,8 @@ def test_without_a_dry_run_the_client_gets_the_file(
     program.write_text('#!/bin/bash\nprintf "%s\\n" "$@" > called\ncp "${@: -1}" taken\nexit 5\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(program.parent) + os.pathsep + os.defpath)
-    arguments = ["launch", config, "--on", target, "--topology", topology, "--install=x"]
+    arguments = ["launch", config, "--on", target, "--topology", topology]
+    arguments += [] if target == "slurm" else ["--install=x"]
     arguments += ["--env=HF_TOKEN"] if client == "sky" else []
     assert main(arguments) == 5, "the status of the client"
     called = (tmp_path / "called").read_text().split("\n")[:-1]
@@ -83,6 +85,10 @@ def test_a_client_that_is_missing_is_named(config, capsys, monkeypatch):
         (["--on", "tpu-vm", *OPTIONS, "--output=no/x"], "--output: no/x cannot be written"),
         (["--on", "local", "--processes=0"], "--processes: 0; expected 1 or more"),
         (["--on", "slurm", "--topology=v5e:2x2"], "v5e is a TPU"),
+        (["--on", "slurm", "--topology=h100:8", "--install=x"], "--install: no effect with --on"),
+        (["--on", "tpu-vm", *OPTIONS, "--time-limit=1:00:00"], "only with slurm; remove it"),
+        (["--on", "gke", *OPTIONS], "--zone: no effect with --on gke"),
+        (["--on", "local", "--spot"], "--spot: no effect with --on local"),
     ],
 )
 def test_a_mistake_is_one_line(config, capsys, arguments, said):
@@ -99,3 +105,16 @@ def test_commands_of_a_local_run_can_be_pasted(config, capsys):
     text = capsys.readouterr().out
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
     assert text.count("--lora_r=8") == text.count("--num-processes=2") == 2
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_local_script_ends_with_the_status_of_a_process_that_fails(
+    config, tmp_path, monkeypatch, failing
+):
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/bash\ncase "$*" in *process-id={failing}*) exit 7 ;; esac\n')
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program))
+    arguments = ["launch", config, "--on", "local", "--processes=2", "--output=go.sh"]
+    assert main(arguments) == 0
+    assert subprocess.run(["./go.sh"], check=False).returncode == 7

@@ -75,7 +75,7 @@ def test_problem_names_its_line_or_its_flag(tmp_path):
         load_config(path, ["--seed=-1"])
     lines = str(error.value).splitlines()
     assert any(each.startswith(f"{path}:{line}: lora_r: expected") for each in lines)
-    assert any(each.startswith("--seed: seed: expected") for each in lines)
+    assert any(each.startswith("--seed: expected") for each in lines)
     assert len(lines) == 2
 
 

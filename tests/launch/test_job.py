@@ -1,6 +1,7 @@
 """What is asked of a job before anything is generated."""
 
 import dataclasses
+import json
 import re
 
 import pytest
@@ -49,6 +50,25 @@ def test_a_file_of_this_machine_is_refused_by_its_key(job, tmp_path):
     rows.write_text("{}")
     wanted = job(keys={"datasets": [{"path": str(rows), "type": "alpaca"}]})
     with pytest.raises(UserError, match=re.escape(f"datasets.0.path: {rows} is on this machine")):
+        check_reachable(wanted, "tpu-vm")
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"chat_template_jinja": "FILE"}, "chat_template_jinja"),
+        ({"resume_from_checkpoint": "FILE"}, "resume_from_checkpoint"),
+        (
+            {"datasets": [{"path": "json", "data_files": ["a", "FILE"], "type": "alpaca"}]},
+            "datasets.0.data_files",
+        ),
+    ],
+)
+def test_no_key_that_can_name_a_file_is_forgotten(job, tmp_path, keys, named):
+    file = tmp_path / "it"
+    file.write_text("{}")
+    wanted = job(keys=json.loads(json.dumps(keys).replace("FILE", str(file))))
+    with pytest.raises(UserError, match=re.escape(f"{named}: {file} is on this machine")):
         check_reachable(wanted, "tpu-vm")
 
 
