@@ -146,9 +146,14 @@ def _follow(
     """Copies the lines of one process, then says that it has ended."""
     output: IO[str] | None = process.stdout
     assert output is not None
-    for line in output:
-        with lock:
-            write(f"[{number}] {line}" if line.endswith("\n") else f"[{number}] {line}\n")
+    try:
+        for line in output:
+            with lock:
+                write(f"[{number}] {line}" if line.endswith("\n") else f"[{number}] {line}\n")
+    except OSError:  # nobody reads any more: the run saves its state and ends
+        process.terminate()
+        for _ in output:
+            pass
     ended.put((number, process.wait()))
 
 

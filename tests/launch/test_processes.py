@@ -153,3 +153,14 @@ def test_commands_name_one_coordinator_and_number_the_processes():
     assert len(train_commands("x.yml", [], 1)[0]) == 5
     with pytest.raises(UserError, match="--processes: 0"):
         train_commands("x.yml", [], 0)
+
+
+def test_a_reader_that_is_gone_ends_all_after_they_have_saved(tmp_path):
+    def closed(text: str) -> None:
+        raise BrokenPipeError
+
+    saves = f'open({str(tmp_path / "saved")!r}, "a").write("x")'
+    worker = WORKER.replace('print("saved", number, flush=True)', saves)
+    status = run_together([python(worker, "0.1"), python(worker, "0.1")], write=closed)
+    assert status == 128 + signal.SIGTERM
+    assert (tmp_path / "saved").read_text() == "xx"
