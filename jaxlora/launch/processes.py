@@ -64,7 +64,7 @@ def run_together(
     Returns:
       0 if all succeeded, else the status of the process that failed first (128 + n for signal n).
     """
-    ended: queue.Queue[tuple[int, int]] = queue.Queue()
+    ended: queue.Queue[tuple[int, int | None]] = queue.Queue()
     environment = {**(os.environ if env is None else env), "PYTHONUNBUFFERED": "1"}
     processes: list[subprocess.Popen[str]] = []
     lock = threading.Lock()
@@ -139,7 +139,7 @@ def _start(command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[s
 def _follow(
     number: int,
     process: subprocess.Popen[str],
-    ended: "queue.Queue[tuple[int, int]]",
+    ended: "queue.Queue[tuple[int, int | None]]",
     write: Write,
     lock: threading.Lock,
 ) -> None:
@@ -150,8 +150,8 @@ def _follow(
         for line in output:
             with lock:
                 write(f"[{number}] {line}" if line.endswith("\n") else f"[{number}] {line}\n")
-    except OSError:  # nobody reads any more: the run saves its state and ends
-        process.terminate()
+    except OSError:  # nobody reads any more: all are to save their state and end
+        ended.put((number, None))
         for _ in output:
             pass
     ended.put((number, process.wait()))
@@ -159,7 +159,7 @@ def _follow(
 
 def _wait(
     processes: Sequence[subprocess.Popen[str]],
-    ended: "queue.Queue[tuple[int, int]]",
+    ended: "queue.Queue[tuple[int, int | None]]",
     stopping: _Stopping,
     grace_s: float,
 ) -> int:
@@ -173,15 +173,20 @@ def _wait(
                 for process in processes:
                     process.kill()
             continue
-        running -= 1
-        if status and not failure:
-            failure = 128 - status if status < 0 else status
+        running -= status is not None
+        if status != 0 and not failure:
+            failure = _status(-signal.SIGPIPE if status is None else status)
             if stopping.since is None:
                 stopping.begin()
                 for process in processes:
                     if process.poll() is None:
                         process.terminate()
     return failure
+
+
+def _status(status: int) -> int:
+    """A shell's exit status: 128 + the number of the signal that ended a process."""
+    return 128 - status if status < 0 else status
 
 
 def _soon(left: float | None) -> float:
