@@ -57,6 +57,10 @@ def test_shipped_file_says_how_to_run_itself(path):
     head = path.read_text()[:600]
     assert re.search(rf"Command: +jaxlora train configs/{re.escape(path.name)}", head)
     assert "Hardware:" in head
+    # What is expected of time, loss and memory, or that it is not known.
+    assert re.search(r"\d (s|min|minutes)\b|Not run here", head)
+    assert re.search(r"(loss|accuracy) .*\d|Not run here", head)
+    assert re.search(r"\d (MiB|GiB)|memory are not known", head)
 
 
 # Those that need no network: the model is the embedded one, the data are bundled.
