@@ -156,8 +156,12 @@ def test_commands_name_one_coordinator_and_number_the_processes():
 
 
 def test_a_reader_that_is_gone_ends_all_after_they_have_saved(tmp_path):
+    ready: list[str] = []
+
     def closed(text: str) -> None:
-        raise BrokenPipeError
+        ready.append(text)
+        if len(ready) > 1:  # both hear signals now
+            raise BrokenPipeError
 
     saves = f'open({str(tmp_path / "saved")!r}, "a").write("x")'
     worker = WORKER.replace('print("saved", number, flush=True)', saves)

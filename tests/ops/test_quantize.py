@@ -223,8 +223,9 @@ def test_stacked_layers_dequantize_like_single_ones(format, shape, double_quant)
 @pytest.mark.parametrize(
     ("format", "double_quant", "constrained"),
     [
-        ("nf4", True, ["8x64xui8", "8x2xui8"]),
-        ("nf4", False, ["8x64xui8", "8x2xf32"]),
+        # Codes and scales are gathered; the numbers made of them must stay split as the codes are.
+        ("nf4", True, ["8x64xui8", "8x2xui8", "8x128xf32"]),
+        ("nf4", False, ["8x64xui8", "8x2xf32", "8x128xf32"]),
         ("int4", True, ["128x8xi4", "2x8xf32"]),
         ("int8", True, ["128x8xi8", "1x8xf32"]),
     ],
