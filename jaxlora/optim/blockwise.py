@@ -109,7 +109,7 @@ def scale_by_blockwise_adam(b1: float, b2: float, eps: float) -> optax.GradientT
         moments = jax.tree.map(empty, params)
         return BlockwiseAdamState(jnp.zeros((), jnp.int32), moments, moments)
 
-    def update(gradients, state, params=None):
+    def update(updates, state, params=None):
         count = optax.safe_increment(state.count)
         correction1, correction2 = 1 - b1**count, jnp.sqrt(1 - b2**count)
 
@@ -121,7 +121,7 @@ def scale_by_blockwise_adam(b1: float, b2: float, eps: float) -> optax.GradientT
                 new_mu, new_nu = quantize(new_mu, signed=True), quantize(new_nu, signed=False)
             return step, new_mu, new_nu
 
-        leaves, structure = jax.tree.flatten(gradients)
+        leaves, structure = jax.tree.flatten(updates)
         moments = (structure.flatten_up_to(each) for each in (state.mu, state.nu))
         done = [of_leaf(*each) for each in zip(leaves, *moments, strict=True)]
         steps, mu, nu = (structure.unflatten([each[i] for each in done]) for i in range(3))

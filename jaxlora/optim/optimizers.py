@@ -19,8 +19,9 @@ def _adamw(schedule, weight_decay, betas, eps, decayed, matrices):
 
 
 def _adamw_8bit(schedule, weight_decay, betas, eps, decayed, matrices):
+    b1, b2 = betas
     return optax.chain(
-        scale_by_blockwise_adam(*betas, eps),
+        scale_by_blockwise_adam(b1, b2, eps),
         optax.add_decayed_weights(weight_decay, mask=decayed),
         optax.scale_by_learning_rate(schedule),
     )
