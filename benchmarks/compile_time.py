@@ -134,7 +134,7 @@ def run(rounds: int, allow_busy: bool) -> dict:
     return {
         "date": datetime.date.today().isoformat(),
         **machine.describe(),
-        "command": "python " + " ".join(sys.argv),
+        "command": machine.command(),
         "load_before": before,
         "load_after": machine.load_now(),
         "sizes": {"rows": ROWS, "tokens": TOKENS, "rank": RANK, "models": MODELS},

@@ -197,8 +197,7 @@ def main() -> None:
     except UserError as error:
         sys.exit(f"data_speed: {error}")
     date = datetime.date.today().isoformat()
-    command = f"python benchmarks/data_speed.py {' '.join(sys.argv[1:])}"
-    about = {"date": date, "command": command, **machine.describe()}
+    about = {"date": date, "command": machine.command(options.data), **machine.describe()}
     result = {**about, "load_before": before, "load_after": machine.load_now(), **found}
     machine.write("data-speed", result)
     print(json.dumps(found, indent=1))

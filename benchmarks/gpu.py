@@ -209,7 +209,7 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "card": card.stdout.strip() if card else "no NVIDIA GPU",
-        "command": "python " + " ".join(sys.argv),
+        "command": machine.command(),
         "flags": {k: v for k, v in os.environ.items() if k.startswith(("XLA_", "JAX_"))},
         **machine.describe(),
     }

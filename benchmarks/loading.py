@@ -116,7 +116,7 @@ def run(layers: int, rounds: int, allow_busy: bool) -> dict:
     machine.check_quiet(allow_busy)
     result = {
         "date": datetime.date.today().isoformat(),
-        "command": "python benchmarks/loading.py " + " ".join(sys.argv[1:]),
+        "command": machine.command(),
         "machine": machine.describe(),
         "load_before": machine.load_now(),
     }

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,13 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def command(data: Path | None = None) -> str:
+    """Returns the command line of this program; the folder of its data, `data`, is called PATH."""
+    program, *arguments = sys.argv
+    named = ["PATH" if data is not None and each == str(data) else each for each in arguments]
+    return " ".join(["python", f"benchmarks/{Path(program).name}", *named])
 
 
 def write(name: str, result: dict[str, Any]) -> None:

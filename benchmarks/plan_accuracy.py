@@ -238,7 +238,7 @@ def main() -> None:
         results[name] = measure(name)
         print(table({name: results[name]}).splitlines()[-1], flush=True)
         # After each: a run that is broken off has a result too, of what it got to.
-        record = {"command": " ".join(["python", *sys.argv]), **machine.describe()}
+        record = {"command": machine.command(), **machine.describe()}
         path = machine.RESULTS / f"{datetime.date.today()}-plan-accuracy.json"
         path.write_text(json.dumps(record | {"runs": results}, indent=1) + "\n")
     print(f"{table(results)}\nwritten: {path}")

@@ -237,10 +237,9 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # the other side runs on the CPU
     check_data(arguments.data)
     machine.check_quiet(arguments.allow_busy)
-    flags = [flag for flag in sys.argv[1:] if flag not in ("--data", str(arguments.data))]
     result = {
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python benchmarks/real_data.py --data PATH", *flags]),
+        "command": machine.command(arguments.data),
         **machine.describe(),
         "before": machine.load_now(),
         "tasks": {name: measure(name, arguments) for name in arguments.tasks},

@@ -126,7 +126,7 @@ def main() -> None:
     machine.check_quiet(options.allow_busy)
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
-        "command": "python " + " ".join(sys.argv),
+        "command": machine.command(),
         **machine.describe(),
         "load_before": machine.load_now(),
         "measured_peak_flops": {
