@@ -75,7 +75,14 @@ def test_states_take_two_bytes_a_number_and_a_scale_a_block():
     assert size == 2 * (4 * 1024 * 16) * (1 + 4 / 256)
 
 
-@pytest.mark.oracle
+@pytest.mark.parametrize("signed", [True, False])
+def test_maps_are_those_of_bitsandbytes(signed):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    theirs = functional.create_dynamic_map(signed=signed).numpy()
+    # Its evenly spaced numbers are rounded to float32 before they are scaled: one unit.
+    np.testing.assert_allclose(dynamic_map(signed), theirs, rtol=1.3e-7)
+
+
 def test_steps_are_those_of_bitsandbytes():
     torch = pytest.importorskip("torch")
     functional = pytest.importorskip("bitsandbytes.functional")
