@@ -77,7 +77,13 @@ def batch_loss(
       head_trains: whether anything between the last hidden states and the logits trains.
       row_shards: devices that share the rows: each has chunks of its own.
     """
-    model, hidden, targets, weights = _read(transformer, params, batch)
+    read = _read(transformer, params, batch)
+    return _loss(transformer, *read, head_trains=head_trains, row_shards=row_shards)
+
+
+def _loss(
+    transformer: Transformer, model, hidden, targets, weights, *, head_trains: bool, row_shards: int
+) -> Float[Array, ""]:
     return chunked_cross_entropy(
         model.logits,
         hidden,
@@ -90,6 +96,12 @@ def batch_loss(
         parts=transformer.context,
         head_trains=head_trains,
     )
+
+
+def _row_shards(placed: Tree | None) -> int:
+    """Devices that share the rows of a batch, by where what trains lies."""
+    mesh = getattr(next(iter(jax.tree.leaves(placed)), None), "mesh", None)
+    return 1 if mesh is None else batch_shards(mesh)
 
 
 def trains_head(transformer: Transformer, trainable: Tree) -> bool:
@@ -123,8 +135,7 @@ def make_train_step(
     placed = jax.tree.map(lambda x: x.sharding, like)
     gathered = gathered_pairs(placed[0]["adapter"], targets)
     head_trains = trains_head(transformer, like[0])
-    mesh = getattr(jax.tree.leaves(placed)[0], "mesh", None)
-    row_shards = 1 if mesh is None else batch_shards(mesh)
+    row_shards = _row_shards(placed)
 
     def step(trainable, opt_state, frozen, batch: Batch, number: Int[Array, ""]):
         step_key = jax.random.fold_in(seed_key, number)
@@ -178,31 +189,21 @@ def make_eval_step(
       like: `trainable` as it will come in; None leaves to the compiler how a split pair is used.
     """
     labels = transformer.cfg.num_labels
-    adapter = {} if like is None else jax.tree.map(lambda x: x.sharding, like["adapter"])
-    gathered = gathered_pairs(adapter, targets)
+    placed = jax.tree.map(lambda x: x.sharding, {"adapter": {}} if like is None else like)
+    gathered, row_shards = gathered_pairs(placed["adapter"], targets), _row_shards(placed)
 
     @jax.jit
     def step(trainable, frozen, batch: Batch):
         params = weights(trainable, frozen, targets, gathered=gathered)
 
         def add_micro_batch(sums, micro_batch):
-            model, hidden, wanted, counted = _read(transformer, params, micro_batch)
+            read = model, hidden, wanted, counted = _read(transformer, params, micro_batch)
             loss, confusion = sums
             if labels:
                 said = jnp.argmax(model.logits(hidden), axis=-1)
                 confusion = confusion.at[wanted, said].add(counted)
-            return (
-                loss
-                + chunked_cross_entropy(
-                    model.logits,
-                    hidden,
-                    wanted,
-                    counted,
-                    chunk_tokens=tokens_per_chunk(transformer.cfg.vocab_size),
-                    parts=transformer.context,
-                ),
-                confusion,
-            ), None
+            more = _loss(transformer, *read, head_trains=True, row_shards=row_shards)
+            return (loss + more, confusion), None
 
         zeros = (jnp.zeros((), jnp.float32), jnp.zeros((labels, labels), jnp.float32))
         (total, confusion), _ = jax.lax.scan(add_micro_batch, zeros, batch)
