@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxlora.config.report import table
-from jaxlora.core.errors import UserError
 from jaxlora.measuring.bench import Measured
 from jaxlora.planning.report import size
+from jaxlora.training.plot import blank_figure, write_png
 
 
 def describe(found: Measured) -> str:
@@ -51,26 +51,15 @@ def plot(found: Measured, path: Path, title: str) -> None:
     Raises:
       UserError: the file cannot be written.
     """
-    figure, (above, below) = _figure()
+    figure = blank_figure(3.6)
+    above, below = figure.subplots(2)
     milliseconds = {name: 1e3 * seconds for name, seconds in found.seconds.items()}
     _bar(above, milliseconds, "ms a step")
     mfu = f", MFU {found.mfu:.1%}" if found.mfu is not None else ""
     above.set_title(f"{title}: {found.tokens_per_s:,.0f} tokens/s{mfu} on {found.device}")
     memory = {"arrays": found.memory.arguments, "in the step": found.memory.temporaries}
     _bar(below, {name: count / 2**30 for name, count in memory.items()}, "GiB planned")
-    try:
-        figure.savefig(path, dpi=120, format="png")
-    except OSError as error:
-        raise UserError(f"--output: {path} cannot be written: {error.strerror}.") from error
-
-
-def _figure() -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(2)
+    write_png(figure, path)
 
 
 def _bar(axes: Any, parts: dict[str, float], unit: str) -> None:

@@ -48,6 +48,25 @@ def plot_lengths(found: Histogram, path: Path, title: str) -> None:
     figure, axes = _figure()
     axes.stairs(found.counts, found.edges, fill=True)
     axes.set(xlabel="tokens", ylabel="examples", title=title)
+    write_png(figure, path)
+
+
+def blank_figure(height: float) -> Any:
+    """Returns a figure 8 inches wide that needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def write_png(figure: Any, path: Path) -> None:
+    """Writes the figure of a command's --output.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
     try:
         figure.savefig(path, dpi=120, format="png")
     except OSError as error:
@@ -55,11 +74,7 @@ def plot_lengths(found: Histogram, path: Path, title: str) -> None:
 
 
 def _figure() -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank_figure(4.5)
     axes = figure.subplots()
     axes.grid(alpha=0.3)
     return figure, axes

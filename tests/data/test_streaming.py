@@ -104,8 +104,8 @@ def peak(path, tokenizer, tmp_path, how: str) -> dict:
 @pytest.mark.reliability
 @pytest.mark.parametrize("how", ["streams", "reads all"])
 def test_memory_does_not_grow_with_the_file(tokenizer, tmp_path, how):
-    """JAXLORA_BIG_MB says how large the file is: 200 by default, 1000 for a long test."""
-    small, large = 4, int(os.environ.get("JAXLORA_BIG_MB", "200"))
+    """TEST_BIG_MB says how large the file is: 200 by default, 1000 for a long test."""
+    small, large = 4, int(os.environ.get("TEST_BIG_MB", "200"))
     found = {}
     line = json.dumps({"text": "x" * 40}) + "\n"
     for size in (small, large):
