@@ -22,7 +22,7 @@ def test_a_wrong_data_set_entry_is_refused(settings, message):
         ({"sequence_len": 1}, "sequence_len: 1 is too short"),
         ({"val_set_size": -0.1}, "val_set_size: -0.1 is negative"),
         ({"val_set_size": 1.5}, "neither a share below 1 nor a whole number"),
-        ({"excess_length_strategy": "cut"}, "expected drop, truncate or raise"),
+        ({"excess_length_strategy": "cut"}, "expected drop, truncate, split or raise"),
     ],
 )
 def test_wrong_options_are_refused(settings, message):
