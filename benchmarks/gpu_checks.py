@@ -40,8 +40,8 @@ def packed(lengths=LENGTHS, length=LENGTH, windows=(None,), kind=0, causal=True)
             segments[row, start : start + size] = number
             positions[row, start : start + size] = np.arange(size)
             start += size
-    arrays = [jnp.asarray(x) for x in (positions, positions, segments, segments)]
-    return Visibility(*arrays, jnp.int32(kind), windows, causal, in_place=True)
+    at, within = jnp.asarray(positions), jnp.asarray(segments)
+    return Visibility(at, at, within, within, jnp.int32(kind), windows, causal, in_place=True)
 
 
 def operands(rows: int, length: int, heads: int, kv_heads: int, channels: int) -> list[jax.Array]:
@@ -109,8 +109,8 @@ def attention_errors(names: list[str] | None = None) -> Iterator[dict[str, Any]]
 
 def error(ours: jax.Array, theirs: jax.Array) -> float:
     """Returns the largest difference over the largest number."""
-    ours, theirs = (np.asarray(x, np.float32) for x in (ours, theirs))
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+    expected = np.asarray(theirs, np.float32)
+    return float(np.abs(np.asarray(ours, np.float32) - expected).max() / np.abs(expected).max())
 
 
 def dequantization() -> Iterator[dict[str, Any]]:

@@ -25,7 +25,8 @@ def main(name: str, rows: int, length: int) -> None:
     }
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
-        model = LlamaForCausalLM(LlamaConfig(**options, attn_implementation="sdpa"))
+        model = LlamaForCausalLM(LlamaConfig(**options))
+        model.set_attn_implementation("sdpa")
     model.config.use_cache = False
     targets = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", lora_dropout=0.0)
     model = get_peft_model(model, targets).train()

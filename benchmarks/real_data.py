@@ -62,6 +62,7 @@ class Task:
         self.plans = {method: self.plan(method) for method in METHODS}
         self.start = work / "start"
         plan = self.plans["lora"]
+        assert plan.model.lora is not None
         trainable, _ = load_weights(plan.config, plan.model)
         self.adapter_size = sum(leaf.size for leaf in jax.tree.leaves(trainable))
         save_adapter(
@@ -173,7 +174,7 @@ def measure_speed(task: Task, rounds: int, steps: int) -> dict[str, Any]:
         if label != "lora, packed" and first > TOLERANCE:  # packed batches are other batches
             raise UserError(f"{label}: losses of step 0 differ by {first:.2g}: no speed reported.")
     plan, peak = task.plans["lora"], machine.measured_peak_flops()
-    lengths = plan.batches.table.lengths
+    lengths = plan.batches.table.lengths.tolist()
     flops = lora_flops_per_token(plan.model.cfg, task.adapter_size, lengths)
     return {
         "rounds": rounds,
@@ -218,7 +219,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the real inputs")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--steps", type=int, help="steps of each run (default: its epochs)")

@@ -11,12 +11,14 @@ import numpy as np
 
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import describe
+from jaxlora.training.interrupt import Interrupts
 from jaxlora.training.loop import Run
+from jaxlora.training.phases import Phases
 from jaxlora.training.resume import Origin
 from jaxlora.training.setup import Plan
 from jaxlora.training.state import load_weights
 
-Batch = Mapping[str, np.ndarray]
+Batch = dict[str, np.ndarray]
 WARM_UP_STEPS = 2
 
 
@@ -28,7 +30,8 @@ class Ours:
     """
 
     def __init__(self, plan: Plan):
-        self.run = Run(plan, *load_weights(plan.config, plan.model), Origin(False))
+        weights = load_weights(plan.config, plan.model)
+        self.run = Run(plan, *weights, Origin(False), Phases(), Interrupts())
 
     def step(self, batch: Batch) -> float:
         """Takes one optimizer step; returns the mean loss in nats over the trained tokens."""

@@ -96,20 +96,18 @@ def kill_store(subject: Subject, kills: int, say: Progress) -> Outcome:
     for number in range(kills):
         windows = Windows()
 
-        def work(windows: Windows = windows, number: int = number) -> int:
-            watch(windows)
-            return _save_without_end(folder, report, number)
-
         # From the first commit on it does nothing but save, seal, rename and delete.
         aim = Aim("write", 2 + number % 2, subject.rng.random() * 1.1, usual)
+        event = 0
         if number % 4 == 3:
             event = subject.rng.randint(1, 30)
             aim = Aim("write", 500, 0, 0)
 
-            def work(windows: Windows = windows, number: int = number, event: int = event) -> int:
-                watch(windows)
+        def work(windows: Windows = windows, number: int = number, event: int = event) -> int:
+            watch(windows)
+            if event:
                 kill_at_event(windows, "delete", event)
-                return _save_without_end(folder, report, number)
+            return _save_without_end(folder, report, number)
 
         ended = fork(work, windows, aim)
         fell[ended.window or "between"] += 1
