@@ -97,8 +97,11 @@ def matches_beside_adapter(pattern: str) -> bool:
 
 
 def remat_policy(config: Config) -> str:
-    """Returns what the backward pass recomputes: none, full, attention or matmuls."""
-    return config.remat or ("full" if config.gradient_checkpointing else "none")
+    """Returns what the backward pass recomputes, a value of `remat`."""
+    checkpoints = config.gradient_checkpointing
+    if str(checkpoints).startswith("offload"):
+        return config.remat or "offload"
+    return config.remat or ("full" if checkpoints else "none")
 
 
 def attention_backend(config: Config) -> str:

@@ -74,8 +74,10 @@ class TrainingKeys(Section):
     """Longer gradients are clipped to this norm; 0: never."""
     gradient_checkpointing: Flag | Literal["full", "offload", "offload_disk"] = False
     """Recomputes activations in the backward pass to save memory."""
-    remat: Literal["none", "full", "attention", "matmuls"] | None = None
-    """(jaxlora) What is recomputed; null: as `gradient_checkpointing`."""
+    remat: Literal["auto", "none", "matmuls", "attention", "full", "offload"] | None = None
+    """(jaxlora) What is recomputed: nothing, all but products, but attention's, everything, or that
+    with the inputs of layers in host memory; auto: the first of the first four that fits the
+    device; null: as `gradient_checkpointing`."""
     attn_implementation: Implementation = "auto"
     """Attention: reference (all scores at once, also eager), chunked, cudnn (NVIDIA GPUs) or splash
     (TPUs); auto and Axolotl's other names: the fastest that device and model allow."""

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -24,8 +25,14 @@ from jaxlora.ops.matmul import embed, unembed
 Constrain = Callable[[jax.Array, tuple[str | None, ...]], jax.Array]
 
 # What the backward pass finds saved; the rest of a layer is computed again. From least memory to
-# most speed.
+# most speed. `offload` is `full` whose layer inputs wait in the host's memory.
 REMAT_POLICIES: dict[str, Any] = {
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
     "attention": jax.checkpoint_policies.save_only_these_names(
         "query", "key", "value", "attention", "middle"
@@ -163,6 +170,7 @@ class Transformer(nnx.Module):
         split = [nnx.split(getattr(self, name)) for name in stack.names]
 
         def layer(number, x, weights, kind, layer_cache):
+            x = checkpoint_name(x, "layer_input")
             block = nnx.merge(split[number][0], weights)
             visible, angles = inputs.of(kind)
             x, layer_cache = block(x, angles, visible, attend, layer_cache, index)
