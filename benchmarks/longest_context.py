@@ -49,7 +49,8 @@ def search(topology_text: str, remat: str, start: int, tries: int) -> dict[str, 
     def measure(keys: dict[str, Any]) -> Estimate:
         made = plan(load_config({**KEYS, "remat": remat, **keys}), topology)
         row = {"sequence_len": made.length, "method": made.method, "fits": made.fits}
-        compiled.append(row | {"total": made.memory.total, "activations": made.memory.activations})
+        memory = {"total": made.memory.total, "activations": made.memory.activations}
+        compiled.append(row | memory | {"host": made.host_bytes})
         print(f"{remat} {compiled[-1]} compiled in {made.compile_s:.0f} s", flush=True)
         return made
 
@@ -70,7 +71,7 @@ def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     kind = options.topology.replace(":", "-")
     path = machine.RESULTS / f"{datetime.date.today()}-longest-context-{kind}.json"
-    results = {}
+    results = json.loads(path.read_text())["policies"] if path.is_file() else {}
     for remat in options.remat:
         results[remat] = search(options.topology, remat, options.start, options.tries)
         record = {"command": machine.command(), **machine.describe()}

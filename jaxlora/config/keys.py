@@ -41,7 +41,9 @@ _NO_OP = {
         tokenizer_legacy tokenizer_use_mistral_common""",
     "the chat template is always saved in the tokenizer's folder": "tokenizer_save_jinja_files",
     "activations are recomputed or kept on the device": """gradient_checkpointing_kwargs
-        activation_offloading selective_checkpointing""",
+        selective_checkpointing""",
+    "gradient_checkpointing: offload keeps activations in the host's memory": """
+        activation_offloading""",
     "weights are streamed from safetensors and quantized one by one": """low_cpu_mem_usage
         torchdistx_path experimental_skip_move_to_device quantize_moe_experts max_memory
         gpu_memory_limit lora_on_cpu layer_offloading ple_cpu_offload

@@ -54,8 +54,8 @@ def _training(config: Config) -> Iterator[str]:
         yield f"optimizer: {name} is read as {canonical}; its states are kept in {bits}"
     elif "paged" in name:
         yield f"optimizer: {name} is read as {canonical}; its states stay on the device"
-    if str(config.gradient_checkpointing).startswith("offload"):
-        yield "gradient_checkpointing: read as remat: full; nothing is offloaded"
+    if config.gradient_checkpointing == "offload_disk":
+        yield "gradient_checkpointing: read as offload: to the host's memory, not to a disk"
     if (
         config.loss_watchdog_threshold is None
         and "loss_watchdog_patience" in config.model_fields_set

@@ -288,3 +288,6 @@ def _training(config: Config) -> Iterator[Problem]:
     if given and config.remat is not None and bool(checkpoints) == (config.remat == "none"):
         text = f"{config.remat} contradicts gradient_checkpointing: {str(checkpoints).lower()}"
         yield Problem(("remat",), text, ("gradient_checkpointing",))
+    elif str(checkpoints).startswith("offload") and config.remat not in (None, "offload"):
+        text = f"{config.remat} contradicts gradient_checkpointing: {checkpoints}"
+        yield Problem(("remat",), text, ("gradient_checkpointing",))

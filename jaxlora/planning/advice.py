@@ -73,7 +73,7 @@ def _candidates(config: Config) -> Iterator[tuple[dict[str, Any], str]]:
         "attention": "the step takes about a sixth longer",
         "full": "the step takes about a third longer",
     }
-    for policy in _REMAT[_REMAT.index(remat) + 1 :]:
+    for policy in _REMAT[_REMAT.index(remat) + 1 :] if remat in _REMAT else ():
         yield {"remat": policy}, prices[policy]
     rows, accumulation = config.micro_batch_size, config.gradient_accumulation_steps or 1
     while rows > 1:
@@ -93,6 +93,8 @@ def _candidates(config: Config) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"optimizer": "adamw_bnb_8bit"}, "moments in 8 bits"
     if config.adapter is None and derived.optimizer(config) in ("adamw", "adamw_8bit", "muon"):
         yield {"optimizer": "adafactor"}, "another optimizer: try its learning rate"
+    if remat != "offload":
+        yield {"remat": "offload"}, "every layer's input crosses to the host's memory and back"
     length = config.sequence_len
     while length > 512:
         length //= 2

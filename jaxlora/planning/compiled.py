@@ -32,7 +32,7 @@ def estimate(program: Program, *, topology: str, hardware: Hardware) -> tuple[Es
     """
     started = time.monotonic()
     lowered = program.lower()
-    text, peak = "", 0
+    text, peak, host = "", 0, 0
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -43,7 +43,7 @@ def estimate(program: Program, *, topology: str, hardware: Hardware) -> tuple[Es
         temporaries, code = stats.temp_size_in_bytes, stats.generated_code_size_in_bytes
         unaliased = stats.output_size_in_bytes - stats.alias_size_in_bytes
         arguments = stats.argument_size_in_bytes
-        peak = stats.peak_memory_in_bytes
+        peak, host = stats.peak_memory_in_bytes, stats.host_temp_size_in_bytes
     seconds = time.monotonic() - started
     module = Module(text)
     temporaries += max(unaliased, 0)
@@ -63,6 +63,7 @@ def estimate(program: Program, *, topology: str, hardware: Hardware) -> tuple[Es
         ),
         compile_s=seconds,
         peak_bytes=peak,
+        host_bytes=host,
     ), text
 
 

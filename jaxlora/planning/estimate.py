@@ -109,6 +109,7 @@ class Estimate:
       remat: what the backward pass recomputes.
       base: how the frozen weights are stored.
       peak_bytes: the compiler's own figure of the peak, where it has one.
+      host_bytes: what the step keeps in the host's memory for the device (`remat: offload`).
       weight_passes: how often a micro-batch reads the weights.
       changes: what to change where it does not fit, the cheapest first.
     """
@@ -131,6 +132,7 @@ class Estimate:
     remat: str
     base: str
     peak_bytes: int = 0
+    host_bytes: int = 0
     weight_passes: int = 3
     changes: tuple[Change, ...] = ()
 

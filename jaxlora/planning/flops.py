@@ -60,7 +60,8 @@ def flops_per_token(program: Program, length: int) -> Flops:
     # The output of an MLP's last matrix is not needed to go back through it.
     repeated = {
         "none": 0.0,
-        "full": 2 * (layers - down) + attention + 2 * pairs,
+        "full": (everything := 2 * (layers - down) + attention + 2 * pairs),
+        "offload": everything,
         "attention": 2 * (_named(specs, cfg, axes.MLP) + _output(specs, cfg)),
         "matmuls": 2 * _output(specs, cfg),
     }[shape.transformer.remat]

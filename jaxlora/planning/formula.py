@@ -41,6 +41,7 @@ def estimate(program: Program, *, topology: str, hardware: Hardware) -> Estimate
         memory=memory,
         traffic=_traffic(program),
         compile_s=0.0,
+        host_bytes=int(_offloaded(program)),
     )
 
 
@@ -68,6 +69,8 @@ def _activations(program: Program) -> float:
     """What each policy of `REMAT_POLICIES` saves of every layer."""
     tokens, number, _, _ = _sizes(program)
     stream, attention, wide = _widths(program)
+    if program.shape.transformer.remat == "offload":  # one layer's on its way out, one coming in
+        return 2 * tokens * number * stream
     saved = {
         "full": stream,
         "attention": 2 * stream + attention,
@@ -75,6 +78,14 @@ def _activations(program: Program) -> float:
         "none": 4 * stream + 2 * attention + 4 * wide,
     }[program.shape.transformer.remat]
     return program.shape.cfg.num_layers * tokens * number * saved
+
+
+def _offloaded(program: Program) -> float:
+    """What waits in the host's memory."""
+    if program.shape.transformer.remat != "offload":
+        return 0.0
+    tokens, number, _, _ = _sizes(program)
+    return program.shape.cfg.num_layers * tokens * number * program.shape.cfg.embed_dim
 
 
 def _workspace(program: Program) -> float:

@@ -24,6 +24,8 @@ _COLLECTIVES = (
     "collective-permute",
 )
 _NO_BYTES = ("token", "opaque")
+# The memory space of what is in the host's memory, on a GPU and on a TPU.
+_HOST = "S(5)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,10 +166,12 @@ class Module:
         )
 
     def saved_for_backward(self) -> float:
-        """Returns the bytes that loops of the forward pass stack up for the backward pass."""
+        """Returns the device's bytes that loops of the forward pass stack up for the backward."""
         stacked: dict[tuple[str, str], float] = {}
         for where, found in self.instructions():
             if found.opcode != "dynamic-update-slice" or "transpose(" in found.line:
+                continue
+            if _HOST in found.type:
                 continue
             for array in arrays_of(found.type)[:1]:
                 if self.trips[where] > 1 and array.shape[:1] == (self.trips[where],):

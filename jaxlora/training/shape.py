@@ -34,7 +34,7 @@ class Shape:
       parts: leaves that train with all their numbers, whole or in part.
       transformer: unbound.
       placement: where its arrays live.
-      notes: what the user should know of its attention.
+      notes: what the user should know of its attention, and of what is recomputed.
     """
 
     cfg: ModelConfig
@@ -92,16 +92,25 @@ def shape_of_run(
     _check_length(config, placement.mesh.shape["context"])
     dtype = derived.compute_dtype(config, platform or devices[0].platform)
     attend, notes = attention_of(config, cfg, dtype, placement)
+    remat, more = _remat_on(config, platform or devices[0].platform)
     transformer = Transformer(
         cfg,
         dtype=dtype,
-        remat=derived.remat_policy(config),
+        remat=remat,
         constrain=placement.constrain,
         attend=attend,
         spread=experts_on_each_device(placement),
         context=placement.mesh.shape["context"],
     )
-    return Shape(cfg, describe(cfg), targets, parts, transformer, placement, notes)
+    return Shape(cfg, describe(cfg), targets, parts, transformer, placement, (*notes, *more))
+
+
+def _remat_on(config: Config, platform: str) -> tuple[str, tuple[str, ...]]:
+    """What is recomputed on a platform, and a note. `auto` recomputes nothing until it is known."""
+    policy = derived.remat_policy(config)
+    if policy == "offload" and platform == "cpu":
+        return "full", ("remat: offload is full on a CPU, whose memory is the host's already",)
+    return "none" if policy == "auto" else policy, ()
 
 
 def _check_length(config: Config, context: int) -> None:

@@ -163,7 +163,9 @@ def test_precision_follows_the_device_unless_given():
     [
         ({}, "none"),
         ({"gradient_checkpointing": True}, "full"),
-        ({"gradient_checkpointing": "offload"}, "full"),
+        ({"gradient_checkpointing": "offload"}, "offload"),
+        ({"gradient_checkpointing": "offload_disk"}, "offload"),
+        ({"gradient_checkpointing": True, "remat": "offload"}, "offload"),
         ({"gradient_checkpointing": True, "remat": "attention"}, "attention"),
     ],
 )

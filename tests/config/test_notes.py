@@ -15,7 +15,10 @@ TARGETS = LORA | {"lora_target_linear": True}
             "optimizer: adamw_bnb_8bit is read as adamw_8bit",
         ),
         (MINIMAL | {"optimizer": "paged_adamw_32bit"}, "optimizer: paged_adamw_32bit is read as"),
-        (MINIMAL | {"gradient_checkpointing": "offload"}, "gradient_checkpointing: read as remat"),
+        (
+            MINIMAL | {"gradient_checkpointing": "offload_disk"},
+            "gradient_checkpointing: read as offload: ",
+        ),
         (MINIMAL | {"evals_per_epoch": 1}, "evals_per_epoch: no effect: no data is held out"),
         (MINIMAL | {"nonfinite_limit": 3}, "nonfinite_limit: no effect: nonfinite is stop"),
         (MINIMAL | {"loss_watchdog_patience": 3}, "loss_watchdog_patience: no effect"),

@@ -153,7 +153,7 @@ def test_remat_policies_give_equal_loss_and_gradients():
         for remat in REMAT_POLICIES
     }
     wanted, wanted_gradients = results.pop("none")
-    assert len(results) == 3
+    assert len(results) == 4
     for loss, gradients in results.values():
         np.testing.assert_allclose(loss, wanted, rtol=1e-6)
         for path, gradient in flatten(gradients).items():
@@ -171,6 +171,15 @@ def residual_bytes(remat):
 def test_remat_policies_are_a_ladder_from_least_memory_to_most():
     sizes = [residual_bytes(remat) for remat in ("full", "attention", "matmuls", "none")]
     assert sizes == sorted(set(sizes)), sizes
+
+
+def test_offload_puts_the_inputs_of_layers_and_nothing_else_in_the_memory_of_the_host():
+    def on_host(remat):
+        text = str(jax.make_jaxpr(jax.grad(make_loss(remat=remat)))(PARAMS))
+        return set(re.findall(r"<host>\[([\d,]+)\]", text))
+
+    assert on_host("offload") == {"1,8,64", f"{CFG.num_layers},1,8,64"}, "one row of 8 tokens"
+    assert not on_host("full")
 
 
 def test_bind_refuses_a_tree_of_another_shape():

@@ -74,6 +74,8 @@ def test_collectives_count_loops_and_know_their_dtype():
 
 def test_what_waits_for_the_backward_pass_is_what_the_forward_loop_stacks():
     assert Module(PROGRAM).saved_for_backward() == 6 * 8 * 16 * 2
+    on_host = PROGRAM.replace("1 = bf16[6,8,16]{2,1,0} dyn", "1 = bf16[6,8,16]{2,1,0:S(5)} dyn")
+    assert Module(on_host).saved_for_backward() == 0, "nothing of it waits on the device"
 
 
 def test_a_program_without_text_has_nothing():

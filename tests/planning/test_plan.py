@@ -45,6 +45,20 @@ def test_donated_state_is_not_there_twice(here):
     assert stats.alias_size_in_bytes >= 0.99 * state
 
 
+def test_offload_is_for_devices_whose_memory_is_not_the_host_s():
+    keys = {**INT4, "gradient_checkpointing": "offload"}
+    here, there = (make_program(load_config(keys), jax.devices(), p) for p in (None, "tpu"))
+    assert here.shape.transformer.remat == "full"
+    assert any("offload is full on a CPU" in note for note in here.shape.notes)
+    assert there.shape.transformer.remat == "offload"
+    on_host = formula.estimate(there, topology="", hardware=HARDWARE["v5e"])
+    kept = formula.estimate(here, topology="", hardware=HARDWARE["v5e"]).memory.activations
+    # A CPU computes in float32, a TPU in bfloat16.
+    assert on_host.host_bytes == kept // 2
+    assert on_host.memory.activations == 2 * on_host.host_bytes // here.shape.cfg.num_layers
+    assert not there.shape.notes
+
+
 def test_an_estimate_survives_json(here):
     assert Estimate.from_dict(json.loads(json.dumps(here.to_dict()))) == here
 
