@@ -31,7 +31,7 @@ _NO_OP = {
     "tokens go to their experts by the collectives of XLA, and none is dropped": """
         expert_parallel_num_nvl_bytes expert_parallel_num_rdma_bytes expert_parallel_token_capacity
         expert_parallel_backend expert_parallel_fallback_on_unsupported""",
-    "keys and values are gathered; what is computed is the same": "heads_k_stride ring_attn_func",
+    "heads are traded for tokens over context, by no ring": "heads_k_stride ring_attn_func",
     "no remote code is ever run; the architecture must be one that jaxlora knows": """
         trust_remote_code""",
     "the architecture is read from config.json": """model_type type_of_model cls_model_config
