@@ -107,6 +107,7 @@ def describe(program: Program, **known: Any) -> Estimate:
         tokens=count,
         model_flops=each.model * count,
         executed_flops=each.executed * count,
+        wasted_flops=each.wasted * count,
         rows=rows_here,
         accumulation=accumulation,
         length=length,

@@ -102,7 +102,7 @@ class Estimate:
       limit_bytes: what a program can have of it, 0 if unknown.
       traffic: between devices; empty where a formula does not know.
       tokens: of a step, over all devices.
-      model_flops, executed_flops: of a step, over all devices.
+      model_flops, executed_flops, wasted_flops: of a step, over all devices; see `Flops`.
       compile_s: how long it took.
       rows, accumulation, length: rows of a micro-batch on one device, micro-batches of a step,
         tokens of a row.
@@ -134,6 +134,7 @@ class Estimate:
     peak_bytes: int = 0
     host_bytes: int = 0
     weight_passes: int = 3
+    wasted_flops: float = 0.0
     changes: tuple[Change, ...] = ()
 
     @property

@@ -2,11 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from jaxlora.core import axes
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import ParamSpec
 from jaxlora.models.stacks import attention_kinds
+from jaxlora.ops.layout import ways
+from jaxlora.parallel.head_shares import shares_over_context
 from jaxlora.planning.program import Program
 from jaxlora.training.step import trains_head
 
@@ -19,15 +22,18 @@ class Flops:
       model: forward and backward pass as the method needs them: 4 for each frozen weight (there
         is no gradient of it), 6 for each trained one, 3 forward passes of attention.
       repeated: what the backward pass computes again to save memory.
+      wasted: what attention over `context` computes for nothing: heads of zeros, or the scores of
+        keys that a query does not see.
     """
 
     model: float
     repeated: float
+    wasted: float = 0.0
 
     @property
     def executed(self) -> float:
         """What the hardware does."""
-        return self.model + self.repeated
+        return self.model + self.repeated + self.wasted
 
 
 def flops_per_token(program: Program, length: int) -> Flops:
@@ -67,7 +73,9 @@ def flops_per_token(program: Program, length: int) -> Flops:
     }[shape.transformer.remat]
     # Logits are computed twice where the head may train.
     again = trains_head(shape.transformer, program.trainable)
-    return Flops(model, repeated + (2 * head if again else 0.0))
+    passes = 4 if shape.transformer.remat == "full" else 3
+    wasted = passes * _wasted(cfg, shape.placement.mesh, length)
+    return Flops(model, repeated + (2 * head if again else 0.0), wasted)
 
 
 def active_weights(spec: ParamSpec, cfg: ModelConfig) -> float:
@@ -80,6 +88,18 @@ def active_weights(spec: ParamSpec, cfg: ModelConfig) -> float:
     if spec.kind == "experts" and cfg.moe is not None:
         return spec.size * cfg.moe.routing.top_k / cfg.moe.num_experts
     return float(spec.size)
+
+
+def _wasted(cfg: ModelConfig, mesh: Any, length: int) -> float:
+    """What a forward pass of attention over `context` computes and nobody needs."""
+    if ways(mesh, axes.SEQUENCE) == 1:
+        return 0.0
+    needed = _attention(cfg, length)
+    shares = shares_over_context(mesh, cfg.num_heads, cfg.num_kv_heads)
+    if shares is None:
+        every = 2 * cfg.num_heads * (cfg.head_dim + cfg.value_dim) * length
+        return cfg.num_layers * every - needed
+    return needed * (shares.filled - shares.num_heads) / shares.num_heads
 
 
 def _attention(cfg: ModelConfig, length: int) -> float:

@@ -115,6 +115,7 @@ class Module:
                 entry = name if head[1] else entry
             elif name and (found := _INSTRUCTION.match(line)):
                 self.computations[name].append(Instruction(found[1], found[2], found[3], line))
+        self._fused: set[str] = set()
         self.runs: dict[str, int] = {}
         self.trips: dict[str, int] = {}
         self._visit(entry, 1, 1)
@@ -126,6 +127,8 @@ class Module:
             times = self._trips(instruction) if instruction.opcode == "while" else 1
             inner = times if instruction.opcode == "while" else trips
             for called in _called(instruction.line):
+                if instruction.opcode == "fusion":
+                    self._fused.add(called)
                 self._visit(called, runs * times, inner)
 
     def _trips(self, loop: Instruction) -> int:
@@ -144,23 +147,28 @@ class Module:
 
     def collectives(self) -> list[Collective]:
         """Returns what crosses the network in a step, by kind and dtype, the largest first."""
-        # An asynchronous transfer has a start and an end, and several copies may stand for one.
+        # A transfer that was fused with arithmetic has copies, all on its channel. Without that a
+        # channel says nothing: every transfer of a `shard_map` has the same.
         channels: dict[str, tuple[str, list[Array], int, int]] = {}
         for where, found in self.instructions():
             kind = found.opcode.removesuffix("-start")
             if kind not in _COLLECTIVES:
                 continue
             channel = re.search(r"channel_id=(\d+)", found.line)
-            key = f"{kind} {channel[1] if channel else found.name}"
             delivered = arrays_of(found.type)
+            key = f"{where} {found.name}"
+            if channel and where in self._fused:
+                key = f"{kind} {channel[1]} {delivered}"
             if found.opcode.endswith("-start"):  # operands, results and tokens in one tuple
-                delivered = [max(delivered, key=lambda x: x.nbytes)]
+                whole = [max(delivered, key=lambda x: x.nbytes)]
+                delivered = delivered[len(delivered) // 2 :] if kind == "all-to-all" else whole
             runs = max(self.runs[where], channels.get(key, (0, 0, 0, 0))[2])
             channels[key] = (kind, delivered, runs, _group_size(found.line))
-        table: dict[tuple[str, str], list[tuple[Array, int, int]]] = {}
+        table: dict[tuple[str, str], list[tuple[list[Array], int, int]]] = {}
         for kind, delivered, runs, group in channels.values():
-            for array in delivered:
-                table.setdefault((kind, array.dtype), []).append((array, runs, group))
+            for dtype in dict.fromkeys(array.dtype for array in delivered):
+                arrays = [array for array in delivered if array.dtype == dtype]
+                table.setdefault((kind, dtype), []).append((arrays, runs, group))
         return sorted(
             (_sum(kind, rows) for (kind, _), rows in table.items()), key=lambda c: -c.sent_bytes
         )
@@ -196,11 +204,12 @@ def _group_size(line: str) -> int:
     return 0
 
 
-def _sum(kind: str, rows: list[tuple[Array, int, int]]) -> Collective:
-    payload = sum(array.nbytes * runs for array, runs, _ in rows)
-    sent = sum(array.nbytes * runs * _share_sent(kind, group) for array, runs, group in rows)
-    largest = max((array for array, _, _ in rows), key=lambda array: array.nbytes)
-    return Collective(kind, largest, sum(runs for _, runs, _ in rows), payload, sent)
+def _sum(kind: str, rows: list[tuple[list[Array], int, int]]) -> Collective:
+    sizes = [sum(array.nbytes for array in arrays) * runs for arrays, runs, _ in rows]
+    shares = [_share_sent(kind, group) for *_, group in rows]
+    sent = sum(size * share for size, share in zip(sizes, shares, strict=True))
+    largest = max((array for arrays, *_ in rows for array in arrays), key=lambda x: x.nbytes)
+    return Collective(kind, largest, sum(runs for _, runs, _ in rows), sum(sizes), sent)
 
 
 def _share_sent(kind: str, group: int) -> float:

@@ -103,11 +103,11 @@ def _traffic(made: Estimate) -> str:
 
 
 def _time(made: Estimate, efficiency: float) -> str:
-    needed, executed = made.model_flops, made.executed_flops
-    text = (
-        f"arithmetic, a step: {needed:.3g} FLOP, and {executed - needed:.3g} repeated to save "
-        "memory"
-    )
+    needed, wasted = made.model_flops, made.wasted_flops
+    repeated = made.executed_flops - needed - wasted
+    text = f"arithmetic, a step: {needed:.3g} FLOP, and {repeated:.3g} repeated to save memory"
+    if wasted:
+        text += f", and {wasted:.3g} for nothing over context"
     limits = made.limits_s()
     if not limits:
         return f"{text}\ntime: unknown, for want of {made.hardware.name}'s peak figures"

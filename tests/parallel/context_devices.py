@@ -45,15 +45,15 @@ CASES = {
 }
 
 
-def visible(windows=(None,), kind=0, causal=True):
+def visible(windows: tuple[int | None, ...] = (None,), kind=0, causal=True):
     segments, positions = (np.zeros((ROWS, LENGTH), np.int32) for _ in range(2))
     for row, lengths in enumerate(SEGMENTS):
         ends = np.cumsum(lengths)
         for number, (end, length) in enumerate(zip(ends, lengths, strict=True), 1):
             segments[row, end - length : end] = number
             positions[row, end - length : end] = np.arange(length)
-    arrays = [jnp.asarray(x) for x in (positions, positions, segments, segments)]
-    return Visibility(*arrays, jnp.int32(kind), windows, causal, in_place=True)
+    at, within = jnp.asarray(positions), jnp.asarray(segments)
+    return Visibility(at, at, within, within, jnp.int32(kind), windows, causal, in_place=True)
 
 
 def program(attend, seen, operands, options):
@@ -80,7 +80,7 @@ def compare(sizes, heads, options):
     num_heads, num_kv_heads = heads
     shapes = (num_heads, values), (num_heads, CHANNELS), (num_kv_heads, CHANNELS)
     rng = np.random.default_rng(0)
-    operands = [
+    operands: list[jax.Array | None] = [
         jnp.asarray(rng.standard_normal((ROWS, LENGTH, *shape)), jnp.float32)
         for shape in (*shapes, (num_kv_heads, values))
     ]
@@ -101,7 +101,7 @@ def compare(sizes, heads, options):
         "smallest": min(float(np.abs(np.asarray(y)).max()) for _, y in pairs),
         "transfers": [
             [c.kind, c.array.dtype, c.times, c.payload_bytes]
-            for c in Module(compiled.as_text()).collectives()
+            for c in Module(compiled.as_text() or "").collectives()
         ],
     }
 

@@ -33,6 +33,10 @@ metadata={op_name="jit(step)/while/body/transpose(jvp())/while"}
   %call.2 = (s4[1,64,128]) fusion(%x), kind=kCustom, calls=%gather.copy
   %fusion.1 = bf16[6,8,16]{2,1,0} fusion(%a, %b, %i), kind=kLoop, calls=%stack
   %fusion.2 = f32[6,8,4]{2,1,0} fusion(%a, %b, %i), kind=kLoop, calls=%stack.back
+  %all-to-all.1 = (f32[2,8]{1,0}, f32[2,8]{1,0}) all-to-all(%k.0, %k.1), channel_id=1, \
+replica_groups={{0,1},{2,3}}
+  %all-to-all.2 = (f32[2,8]{1,0}, f32[2,8]{1,0}) all-to-all(%v.0, %v.1), channel_id=1, \
+replica_groups={{0,1},{2,3}}
   %all-reduce-start.1 = f32[100]{0} all-reduce-start(%g), channel_id=9, \
 replica_groups=[2,2]<=[4], to_apply=%add
 }
@@ -68,6 +72,9 @@ def test_collectives_count_loops_and_know_their_dtype():
     reduce = found["all-reduce", "f32"]
     assert (reduce.times, reduce.payload_bytes) == (18, 18 * 400)
     assert reduce.sent_bytes == reduce.payload_bytes  # twice the half, between two
+    exchange = found["all-to-all", "f32"]  # two of them, on the channel of all `shard_map`s
+    assert (exchange.times, exchange.payload_bytes) == (36, 36 * 2 * 64)
+    assert exchange.sent_bytes == exchange.payload_bytes / 2
     scatter = found["reduce-scatter", "bf16"]
     assert (scatter.times, scatter.sent_bytes) == (1, 20 * 3)
 

@@ -1,17 +1,23 @@
 """`jaxlora plan`: what it adds up, says, and finds."""
 
+import dataclasses
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import pytest
+from jax.sharding import AbstractMesh
 from test_leaves import KEYS, QLORA
 
 from jaxlora.cli import main
 from jaxlora.config.load import load_config
 from jaxlora.core.errors import UserError
+from jaxlora.ops.layout import MESH_AXES
 from jaxlora.planning import formula
 from jaxlora.planning.advice import changes
 from jaxlora.planning.estimate import Estimate, Memory
+from jaxlora.planning.flops import flops_per_token
 from jaxlora.planning.hardware import HARDWARE
 from jaxlora.planning.plan import plan
 from jaxlora.planning.program import make_program
@@ -126,6 +132,27 @@ def test_frozen_weights_cost_four_flops_a_token_and_trained_ones_six():
     assert lora.executed_flops > lora.model_flops
     assert set(lora.limits_s()) == {"compute", "memory"}
     assert lora.tokens_per_s(0.5) == pytest.approx(0.5 * lora.tokens_per_s(1.0))
+
+
+def test_arithmetic_for_nothing_over_context_is_counted():
+    program = make_program(load_config(INT4), jax.devices())
+    cfg, length = program.shape.cfg, 64
+
+    def over(context, heads):
+        placement: Any = SimpleNamespace(mesh=AbstractMesh((1, 1, 1, context, 1), MESH_AXES))
+        each = dataclasses.replace(cfg, num_heads=heads, num_kv_heads=1)
+        shape = dataclasses.replace(program.shape, cfg=each, placement=placement)
+        return flops_per_token(dataclasses.replace(program, shape=shape), length)
+
+    passes = 4 if program.shape.transformer.remat == "full" else 3
+
+    def scores(heads):  # causal: half of the row
+        return passes * 2 * cfg.num_layers * heads * cfg.head_dim * length
+
+    assert over(1, 6).wasted == over(2, 6).wasted == over(6, 6).wasted == 0
+    assert over(4, 6).wasted == scores(2)  # two heads of zeros
+    assert over(13, 6).wasted == scores(6)  # gathered: every score, half of them for nothing
+    assert over(4, 6).executed - over(1, 6).executed == scores(2)
 
 
 def test_changes_make_room_the_cheapest_first():
