@@ -1,7 +1,7 @@
 # The checks of this project. `make check` is what CI runs; the slow suites have a target each.
 PYTHON ?= python
 
-.PHONY: check lint format types floors test oracle families-table reliability plan-tests quickstart base
+.PHONY: check lint format types floors test oracle families-table layouts reliability plan-tests quickstart base
 
 check: lint format types floors test
 
@@ -29,6 +29,11 @@ oracle:
 families-table:
 	PYTHONPATH=tests/oracle:$(CURDIR) $(PYTHON) -m pytest --dist load -p families_table \
 		-m "oracle or not reliability" tests/oracle/test_families.py
+
+# Every layout of eight devices, which writes what it measured to docs/sharding.md.
+layouts:
+	PYTHONPATH=tests/parallel:$(CURDIR) $(PYTHON) -m pytest -n 0 -p layouts_table -m oracle \
+		tests/parallel/test_devices.py
 
 # Kills, signals, damage, full disks: many of each. Writes benchmarks/results and docs/reliability.md.
 reliability:

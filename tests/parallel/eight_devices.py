@@ -1,24 +1,36 @@
-"""A program with eight CPU devices: trains over meshes and prints the losses as JSON.
+"""A program with eight CPU devices: trains over meshes and prints a line of JSON for each.
 
     python eight_devices.py [--steps N] METHOD:MESH [METHOD:MESH ...]
 
 METHOD is lora, int4, nf4, int8, gptq or full, ``moe-`` before it for a mixture of experts; MESH is
-like ``data=2,fsdp=4``, or nothing for one device.
+like ``data=2,fsdp=4``, or nothing for one device, which every other of its method comes after.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
 import sys
+import tempfile
+import time
+from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Every layout is a program of its own, and compiling it costs more than its 20 steps: LLVM is told
+# not to optimize. What is tested, the partitioned program, comes before that.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import load_file
 
 from jaxlora import lora
+from jaxlora.checkpoints.peft import save_adapter
+from jaxlora.checkpoints.save import save_model
 from jaxlora.core.tree import flatten, unflatten
 from jaxlora.lora import LoraConfig
 from jaxlora.models.config import ModelConfig, Moe
@@ -57,6 +69,7 @@ MOE = dataclasses.replace(
     sliding_layers=(0,),
     moe=Moe((0, 1), num_experts=8, mlp_dim=64, routing=Routing(2, renormalize=True)),
 )
+# Three times a power of two tokens: no activation has the size of a matrix.
 STEPS, ROWS, LENGTH = 4, 8, 24
 
 
@@ -86,12 +99,14 @@ def batches(cfg, steps):
         }
 
 
-def stored(weights, linear, method):
-    """Base weights on the host, the linear ones quantized layer by layer."""
-    leaves = {path: np.asarray(weight) for path, weight in weights.items()}
-    for path in linear if method in ("int4", "nf4", "int8", "gptq") else ():
-        leaves[path] = quantized(leaves[path], method)
-    return leaves
+@functools.cache
+def stored(method):
+    """Base weights on the host, plain and with the linear ones quantized layer by layer."""
+    cfg, _, linear, storage = model_of(method)
+    weights = flatten(init_params(cfg, jax.random.key(0), jnp.float32))
+    plain = {path: np.asarray(weight) for path, weight in weights.items()}
+    chosen = linear if storage in ("int4", "nf4", "int8", "gptq") else ()
+    return plain, plain | {path: quantized(plain[path], storage) for path in chosen}
 
 
 def quantized(weight, method):
@@ -109,15 +124,16 @@ def quantized(weight, method):
 
 
 def setup(method, placement):
-    """Returns the step and its first arguments."""
+    """Returns the step, its first arguments, and how to export what it trains."""
+    weights, leaves = stored(method)
     cfg, specs, linear, method = model_of(method)
-    weights = init_params(cfg, jax.random.key(0), jnp.float32)
     base = {
         path: placement.weight(leaf, specs[path].axes, stacked=specs[path].layers is not None)
-        for path, leaf in stored(flatten(weights), linear, method).items()
+        for path, leaf in leaves.items()
     }
     if method == "full":
         trainable, frozen, targets = {"params": base, "adapter": {}}, {}, {}
+        options = None
     else:
         experts = [path for path in linear if specs[path].kind == "experts"]
         options = LoraConfig(
@@ -127,7 +143,7 @@ def setup(method, placement):
             target_parameters=tuple(specs[path].modules()[0].split(".", 3)[3] for path in experts),
         )
         targets = targets_of_specs(specs, options)
-        pairs = lora.init(unflatten(flatten(weights)), targets, jax.random.key(1))
+        pairs = lora.init(unflatten(weights), targets, jax.random.key(1))
         adapter = {
             path: placement.adapter(pair, specs[path].axes, stacked=True)
             for path, pair in pairs.items()
@@ -149,7 +165,25 @@ def setup(method, placement):
     )
     like = (trainable, opt_state)
     step = make_train_step(transformer, targets, optimizer, jax.random.key(5), like)
-    return step, trainable, opt_state, frozen
+
+    def export(trainable, folder):
+        if options is None:
+            whole = unflatten(trainable["params"])
+            save_model(whole, cfg, folder, config={"architectures": [cfg.family]})
+        else:
+            save_adapter(
+                folder, trainable["adapter"], targets, options, base_name="base", specs=specs
+            )
+
+    return step, trainable, opt_state, frozen, export
+
+
+def exported(export, trainable):
+    """``{name: array}`` of the files that a run would write."""
+    with tempfile.TemporaryDirectory() as folder:
+        export(trainable, Path(folder))
+        (file,) = Path(folder).glob("*.safetensors")
+        return load_file(file)
 
 
 def gathers(program):
@@ -163,10 +197,12 @@ def share_of(leaf):
 
 
 def train(method, sizes, steps):
+    """Returns what happened, and the tensors that the run would export."""
+    started = time.process_time()
     devices = jax.devices() if sizes else jax.devices()[:1]
     placement = Placement(make_mesh(sizes or None, devices))
     cfg, specs, linear, _ = model_of(method)
-    step, trainable, opt_state, frozen = setup(method, placement)
+    step, trainable, opt_state, frozen, export = setup(method, placement)
     losses, program = [], None
     for number, batch in enumerate(batches(cfg, steps)):
         arguments = (trainable, opt_state, frozen, placement.batch(batch), jnp.int32(number))
@@ -175,19 +211,27 @@ def train(method, sizes, steps):
         losses.append(float(metrics["loss"]))
     leaves = jax.tree.leaves((trainable, frozen))
     largest = max(leaves, key=lambda leaf: leaf.size)
-    trained = jax.tree_util.tree_leaves_with_path(trainable)
     # A and B, and their moments.
     pairs = [x for x in jax.tree.leaves((trainable["adapter"], opt_state)) if x.ndim > 2]
     pairs = pairs if trainable["adapter"] else []
-    return {
+    tensors = exported(export, trainable)
+    found = {
         "losses": losses,
         "gathers": gathers(program.as_text()),
         "compiled": step._cache_size(),
         "largest_share": share_of(largest),
         "pairs_share": max(map(share_of, pairs), default=0),
         "matrices": sorted({specs[path].shape for path in linear}),
-        "trained": [[jax.tree_util.keystr(path), list(leaf.shape)] for path, leaf in trained],
+        "exported": {name: [str(x.dtype), *x.shape] for name, x in sorted(tensors.items())},
+        "cpu_s": round(time.process_time() - started, 1),
     }
+    return found, tensors
+
+
+def apart(tensors, others):
+    """Norm of the difference of two exports over the norm of one."""
+    flat = [np.concatenate([x[name].ravel() for name in sorted(x)]) for x in (tensors, others)]
+    return float(np.linalg.norm(flat[0] - flat[1]) / np.linalg.norm(flat[0]))
 
 
 if __name__ == "__main__":
@@ -195,9 +239,11 @@ if __name__ == "__main__":
     count = STEPS
     if words[0] == "--steps":
         count, words = int(words[1]), words[2:]
-    results = {}
+    alone = {}
     for case in words:
         method, _, mesh = case.partition(":")
         pairs = [part.split("=") for part in mesh.split(",") if part]
-        results[case] = train(method, {axis: int(size) for axis, size in pairs}, count)
-    print(json.dumps(results))
+        result, tensors = train(method, {axis: int(size) for axis, size in pairs}, count)
+        alone.setdefault(method, tensors)
+        result["apart"] = apart(alone[method], tensors)
+        print(json.dumps({case: result}), flush=True)
