@@ -122,14 +122,17 @@ def load_params(
     sources = find_sources(files, specs, cfg, storage, optional)
     specs = {p: s for p, s in specs.items() if p in sources and (only is None or p in only)}
     total, done = sum(spec.size for spec in specs.values()), 0
+    tell = progress or (lambda done, total: None)
     leaves = {}
     for path, spec in sorted(specs.items(), key=lambda item: -reader.size(item[1])):
         own, leaf = plain if path in trained else reader, None
         whole = path in trained or _is_mixed(path, sources[path], storage, files)
         for at, names in sources[path].items():
             region = None if split or needed is None else needed(path)
+            done += spec.size // len(sources[path])
             if region is not None and spec.parts:
                 if leaf is not None and not region.holds(at[-1]):
+                    tell(done, total)  # another process reads it
                     continue
                 region = region.inner()
             region = own.settled(region, names, spec, plain=whole)
@@ -141,9 +144,7 @@ def load_params(
                 leaf = empty(part, spec.full_shape[: len(at)], wanted, region)
             put(leaf, at, part, f"{files.folder}: {names[0]}", region)
             part = None  # or a large table would be there twice while it is placed
-            done += spec.size // len(sources[path])
-            if progress is not None:
-                progress(done, total)
+            tell(done, total)
         # Placing is asynchronous, and the host's copy would stay beside the next leaf's.
         leaves[path], leaf = jax.block_until_ready(place(path, leaf)), None
     return unflatten({path: leaves[path] for path in specs})

@@ -22,9 +22,9 @@ _EPILOG = """examples:
   jaxlora merge outputs/quickstart --output merged     one folder that transformers loads
 
 Every MODEL is a folder or a Hugging Face hub id. An adapter folder knows its base model.
-Exit status: 0 done, 1 verification failed, 2 a mistake to mend (one line says which), 3 a loss that
-is not finite, 4 a device's memory is too small, 75 stood still, 130 Ctrl-C, 143 SIGTERM,
-138 SIGUSR1 (a run saves its state first).
+Exit status: 0 done, 1 verification failed or a plan does not fit, 2 a mistake to mend (one line
+says which), 3 a loss that is not finite, 4 a device's memory is too small, 75 stood still,
+130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1 (a run saves its state first).
 """
 
 _COMPILING = ("train", "evaluate", "generate", "chat", "classify", "merge", "verify", "bench")

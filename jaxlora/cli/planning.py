@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from jaxlora.planning.search import Found
     from jaxlora.planning.topology import Topology
 
-_TEXT = "Say what memory and time a run takes, by compiling it; needs neither weights nor data."
+_TEXT = (
+    "Say what memory and time a run takes, by compiling it; needs neither weights nor data. "
+    "The exit status is 0 if it fits, 1 if it does not."
+)
 
 
 def add_commands(commands: Any) -> None:

@@ -174,7 +174,7 @@ def together(name: str) -> Iterator[None]:
 def _failing_together() -> Iterator[None]:
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # whatever ends this process: the others wait for it
         if _failure() is None:
             text = str(error) if isinstance(error, UserError) else repr(error)
             _joined().client.key_value_set(_FAILED, f"process {number()}: {text}", True)

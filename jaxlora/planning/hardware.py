@@ -3,6 +3,8 @@
 import dataclasses
 import os
 
+from jaxlora.core.errors import UserError
+
 GIB = 2**30
 
 
@@ -53,17 +55,26 @@ _KINDS = {
     "NVIDIA A100-SXM4-80GB": "a100",
 }
 # What JAX takes of a GPU's memory unless it is told otherwise.
-_GPU_SHARE = 0.75
+_GPU_SHARE, _SHARE = 0.75, "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
 def usable_bytes(hardware: Hardware) -> int:
     """Returns the bytes of one chip that JAX gives to a program.
 
     On a GPU that is a share, which the environment variable XLA_PYTHON_CLIENT_MEM_FRACTION sets.
+
+    Raises:
+      UserError: it is no share.
     """
     if hardware.platform != "gpu":
         return hardware.memory_bytes
-    share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or _GPU_SHARE)
+    text = os.environ.get(_SHARE) or str(_GPU_SHARE)
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise UserError(f"{_SHARE}: {text!r}; expected a share of a GPU's memory, such as 0.9.")
     return int(hardware.memory_bytes * share)
 
 

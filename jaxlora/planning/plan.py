@@ -25,8 +25,11 @@ def plan(config: Config, topology: Topology, *, hlo: Path | None = None) -> Esti
       hlo: a file to write the compiled program's text to.
 
     Raises:
-      UserError: what `train` would refuse in model, adapter or mesh; libtpu is missing.
+      UserError: what `train` would refuse in model, adapter or mesh; libtpu is missing; `hlo`
+        cannot be written.
     """
+    if hlo is not None:
+        _check_writable(hlo)
     if not topology.local:
         if topology.hardware.platform == "tpu" and not has_compiler(topology):
             raise UserError(
@@ -36,8 +39,30 @@ def plan(config: Config, topology: Topology, *, hlo: Path | None = None) -> Esti
         return _in_a_process(config, topology, hlo)
     made, text = account(config, devices_of(topology), topology)
     if hlo is not None:
-        hlo.write_text(text)
+        write_program(hlo, text)
     return made
+
+
+def _check_writable(path: Path) -> None:
+    """Refuses, before minutes of compiling, a file that could not be written after them."""
+    if not path.parent.is_dir():
+        raise UserError(f"--hlo: {path} cannot be written: there is no folder {path.parent}.")
+    if path.is_dir():
+        raise UserError(f"--hlo: {path} is a folder; name a file.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"--hlo: {path} cannot be written: no permission.")
+
+
+def write_program(path: Path, text: str) -> None:
+    """Writes a compiled program's text.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise UserError(f"--hlo: {path} cannot be written: {error.strerror}.") from error
 
 
 def _in_a_process(config: Config, topology: Topology, hlo: Path | None) -> Estimate:

@@ -72,7 +72,7 @@ def _head(made: Estimate) -> str:
 
 
 def _plural(count: int, word: str) -> str:
-    return f"{count} {word}{'' if count == 1 else 's'}"
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
 
 
 def _memory(made: Estimate) -> str:
@@ -95,7 +95,8 @@ def _traffic(made: Estimate) -> str:
         return ""
     lines = ["between devices, a step (what one of them receives):"]
     lines += [
-        f"  {each.kind + ' ' + each.dtype:<32}{size(each.payload_bytes):>12}  {each.times:,} times"
+        f"  {each.kind + ' ' + each.dtype:<32}{size(each.payload_bytes):>12}  "
+        f"{_plural(each.times, 'time')}"
         for each in made.traffic
         if each.payload_bytes >= 1e-3 * made.traffic[0].payload_bytes
     ]

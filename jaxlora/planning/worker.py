@@ -7,6 +7,7 @@ has one of its own.
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import jax
 from jaxlora.config.load import load_config
 from jaxlora.core.errors import UserError
 from jaxlora.planning.account import account
+from jaxlora.planning.plan import write_program
 from jaxlora.planning.topology import devices_of, has_compiler, parse
 
 
@@ -32,8 +34,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         print(f"compiling for {topology.text} failed: {error}", file=sys.stderr)
         made, text = account(config, jax.devices(), topology, compiles=False)
     if path := request.get("hlo"):
-        with open(path, "w") as file:
-            file.write(text)
+        write_program(Path(path), text)
     return made.to_dict()
 
 

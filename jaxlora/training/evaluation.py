@@ -73,10 +73,11 @@ def held_out(
     batches, placement = plan.eval_batches, plan.model.placement
     assert batches is not None, "there is held-out data"
     loss_sum = tokens = 0.0
+    rows = placement.own_rows(batches.rows)
     counts: Any = 0.0
     for number in range(batches.steps_per_epoch):
         between()
-        batch = placement.batch(batches.batch(number))
+        batch = placement.batch(batches.batch(number, rows))
         batch_sum, batch_tokens, confusion = eval_step(trainable, frozen, batch)
         loss_sum, tokens = loss_sum + float(batch_sum), tokens + float(batch_tokens)
         counts = counts + np.asarray(confusion, np.float64)

@@ -15,13 +15,12 @@ class StepTrace:
 
     Args:
       folder: of the run; the trace comes into its folder ``profile``; None records nothing.
-      steps: how many this process will do.
+      total: the number of the run's last step, plus one; the first that comes is where it starts.
     """
 
-    def __init__(self, folder: Path | None, steps: int):
-        self._folder, self._done = folder, 0
-        self._first = min(_FIRST, max(steps - 1, 0))
-        self._last = min(self._first + _COUNT, steps) - 1
+    def __init__(self, folder: Path | None, total: int):
+        self._folder, self._total = folder, total
+        self._window: range | None = None
         self._recording = False
 
     @contextlib.contextmanager
@@ -30,7 +29,10 @@ class StepTrace:
         if self._folder is None:
             yield
             return
-        if self._done == self._first:
+        if self._window is None:  # a run that continues has fewer steps left
+            first = min(number + _FIRST, self._total - 1)
+            self._window = range(first, min(first + _COUNT, self._total))
+        if number == self._window.start:
             target = self._folder / FOLDER
             jax.profiler.start_trace(str(target), create_perfetto_trace=True)
             self._recording = True
@@ -40,9 +42,8 @@ class StepTrace:
         except BaseException:
             self.close()
             raise
-        if self._done == self._last:
+        if number == self._window.stop - 1:
             self.close()
-        self._done += 1
 
     def close(self) -> None:
         """Writes what has been recorded; safe to call twice."""

@@ -1,5 +1,6 @@
 """A process that needs a part of a model reads that part, and finds in it the bits of the whole."""
 
+import dataclasses
 import json
 
 import jax
@@ -10,12 +11,27 @@ import pytest
 from jaxlora.checkpoints.load import load_params
 from jaxlora.checkpoints.matrices import QuantSpec
 from jaxlora.checkpoints.regions import Region
+from jaxlora.checkpoints.save import save_model
 from jaxlora.checkpoints.tensors import TensorFiles
 from jaxlora.core.tree import flatten
 from jaxlora.models.families.read import read_config
-from jaxlora.models.parameters import describe
+from jaxlora.models.parameters import describe, init_params
 from jaxlora.ops.arrays import QuantizedArray
 
+MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-5,
+}
 SIZES = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2}
 STORAGES = {
     "plain": None,
@@ -66,6 +82,27 @@ def test_a_part_has_the_bits_of_the_whole(base, storage, which):
     for path, leaf in whole.items():
         for x, y in halves(leaf, part[path], which):
             assert x.tobytes() == y.tobytes(), path
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_progress_counts_the_experts_that_another_process_reads(tmp_path, which):
+    cfg = dataclasses.replace(read_config(MIXTRAL), init_std=0.1)
+    save_model(init_params(cfg, jax.random.key(0), "float32"), cfg, tmp_path, config=MIXTRAL)
+    specs, steps = describe(cfg), []
+
+    def needed(path):
+        shape = specs[path].shape
+        ways = (4, *[1] * (len(shape) - 1)) if specs[path].parts else (1,) * len(shape)
+        box = [(0, size) for size in shape]
+        box[0] = (which, which + 1) if specs[path].parts else box[0]
+        return Region(tuple(shape), tuple(box), ways)
+
+    load_params(
+        tmp_path, cfg, dtype=jnp.float32, needed=needed, progress=lambda *a: steps.append(a)
+    )
+    total = sum(spec.size for spec in specs.values())
+    assert steps[-1] == (total, total)
+    assert steps == sorted(set(steps))
 
 
 def test_what_is_not_needed_is_not_read(base, monkeypatch):

@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import loopback
 import pytest
 
@@ -29,6 +31,51 @@ def test_two_processes_agree():
     assert second["together"] == "the second has no file."
     # What was the failure of an earlier block is that of every later one: the run is over.
     assert first["together"] == "process 0: the first has no file."
+
+
+class Store:
+    """The coordination service's key-value store, as far as it is used here."""
+
+    def __init__(self):
+        self.values = {}
+
+    def key_value_set(self, key, value, overwrite=False):
+        self.values[key] = value
+
+    def key_value_try_get(self, key):
+        if key not in self.values:
+            raise jax.errors.JaxRuntimeError("NOT_FOUND")
+        return self.values[key]
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (UserError("no file."), "process 1: no file."),
+        (ValueError("wrong"), "process 1: ValueError('wrong')"),
+        (SystemExit(5), "process 1: SystemExit(5)"),
+        (KeyboardInterrupt(), "process 1: KeyboardInterrupt()"),
+    ],
+)
+@pytest.mark.parametrize("place", ["together", "on_first", "first_then_others"])
+def test_the_others_are_told_whatever_ends_a_process(monkeypatch, place, error, told):
+    store = Store()
+    joined = SimpleNamespace(client=store, num_processes=2, process_id=1)
+    monkeypatch.setattr(processes, "_joined", lambda: joined)
+    monkeypatch.setattr(processes.jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes, "is_first", lambda: True)
+
+    def work():
+        raise error
+
+    def inside():
+        with processes.together("x"):
+            work()
+
+    call = inside if place == "together" else lambda: getattr(processes, place)("x", work)
+    with pytest.raises(type(error)):
+        call()
+    assert list(store.values.values()) == [told]
 
 
 def test_one_process_needs_nobody(monkeypatch):

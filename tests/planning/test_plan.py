@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,9 +19,10 @@ from jaxlora.planning import formula
 from jaxlora.planning.advice import changes
 from jaxlora.planning.estimate import Estimate, Memory
 from jaxlora.planning.flops import flops_per_token
-from jaxlora.planning.hardware import HARDWARE
-from jaxlora.planning.plan import plan
+from jaxlora.planning.hardware import HARDWARE, usable_bytes
+from jaxlora.planning.plan import plan, write_program
 from jaxlora.planning.program import make_program
+from jaxlora.planning.report import _plural
 from jaxlora.planning.search import largest
 from jaxlora.planning.topology import environment, parse
 
@@ -79,6 +81,35 @@ def test_the_command_prints_memory_arithmetic_and_a_verdict(tmp_path, capsys):
         made["memory"][part] for part in Memory.__dataclass_fields__
     )
     assert not list(tmp_path.glob("out*")), "planning wrote something"
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [("", "is a folder"), ("nowhere/it.hlo", "there is no folder .*nowhere")],
+)
+def test_a_program_that_could_not_be_written_is_refused_before_it_is_compiled(
+    tmp_path, monkeypatch, file, words
+):
+    monkeypatch.setattr("jaxlora.planning.plan.account", lambda *a: pytest.fail("compiled"))
+    with pytest.raises(UserError, match=f"^--hlo: .*{words}"):
+        plan(load_config(INT4), parse("cpu"), hlo=tmp_path / file)
+
+
+def test_a_disk_that_is_full_is_one_line():
+    with pytest.raises(UserError, match=r"^--hlo: /dev/full cannot be written: No space left"):
+        write_program(Path("/dev/full"), "HloModule")
+
+
+@pytest.mark.parametrize("text", ["0,9", "0", "1.5", "nan", "-1"])
+def test_a_share_of_a_gpu_that_is_none_is_refused(monkeypatch, text):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", text)
+    with pytest.raises(UserError, match=r"^XLA_PYTHON_CLIENT_MEM_FRACTION: '.*expected a share"):
+        usable_bytes(HARDWARE["h100"])
+    assert usable_bytes(HARDWARE["v5e"]) == HARDWARE["v5e"].memory_bytes
+
+
+def test_a_transfer_that_is_made_once_is_one_time():
+    assert [_plural(n, "time") for n in (1, 2, 1500)] == ["1 time", "2 times", "1,500 times"]
 
 
 @pytest.mark.parametrize(

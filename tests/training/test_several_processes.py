@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import loopback
 import numpy as np
@@ -9,6 +10,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxlora.core.errors import UserError
+from jaxlora.data.batches import Batches
+from jaxlora.data.table import TokenTable
+from jaxlora.training.evaluation import held_out
 
 PROGRAM = """
 import json, sys
@@ -59,6 +63,26 @@ def check(tmp_path, name, metrics_of, done):
     for key, values in adapters[0].items():
         assert np.ptp(values) > 0, "nothing was trained"
         np.testing.assert_allclose(values, adapters[1][key], atol=2e-4, err_msg=key)
+
+
+@pytest.mark.parametrize("own", [{1, 2}, None])
+def test_evaluation_makes_the_rows_of_its_process(own):
+    table = TokenTable.of([([i, i + 1, i + 2], [0, 1, 1]) for i in range(1, 11)])
+    batches = Batches(table, sequence_len=8, rows=4, shuffle=False)
+    seen = []
+    placement = SimpleNamespace(own_rows=lambda rows: own, batch=lambda batch: batch)
+    model = SimpleNamespace(placement=placement)
+    plan = SimpleNamespace(eval_batches=batches, model=model, labels=None)
+
+    def eval_step(trainable, frozen, batch):
+        seen.append(batch)
+        return 3.0, 2.0, 0
+
+    assert held_out(eval_step, {}, {}, plan).loss == 1.5
+    made = np.concatenate([batch["segment_ids"][0].any(-1) for batch in seen])
+    every = np.arange(12) < 10  # ten rows, and two empty ones that fill the last batch
+    mine = np.isin(np.arange(12) % 4, list(own or range(4)))
+    np.testing.assert_array_equal(made, every & mine)
 
 
 def test_two_processes_are_one(run, keys, metrics_of, tmp_path, cache):

@@ -44,6 +44,21 @@ def test_short_runs_are_recorded_as_far_as_they_go(tmp_path, monkeypatch, steps,
     assert not open_[0]
 
 
+@pytest.mark.parametrize(("first", "recorded"), [(2, [4, 5]), (3, [5]), (4, [5]), (5, [5])])
+def test_a_run_that_continues_is_recorded_from_where_it_is_warm(
+    tmp_path, monkeypatch, first, recorded
+):
+    calls: list[str] = []
+    monkeypatch.setattr(trace.jax.profiler, "start_trace", lambda *a, **o: calls.append("start"))
+    monkeypatch.setattr(trace.jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    recorder, seen = trace.StepTrace(tmp_path, 6), []
+    for number in range(first, 6):
+        with recorder.step(number):
+            seen += [number] if calls == ["start"] else []
+    assert seen == recorded
+    assert calls == ["start", "stop"]
+
+
 def test_an_error_in_a_step_closes_the_trace(tmp_path, monkeypatch):
     calls: list[str] = []
     monkeypatch.setattr(trace.jax.profiler, "start_trace", lambda *a, **o: calls.append("start"))
