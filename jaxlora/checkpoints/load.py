@@ -100,7 +100,8 @@ def load_params(
         leaves come two values a byte, see `QuantizedArray.packed`.
       split: given path, layer, linear matrix and what stores a matrix, returns the layer's leaf:
         how an adapter is taken out of the base on the way (`jaxlora.lora.Splitter`).
-      progress: called with elements read so far and in all, after every tensor.
+      progress: called with elements read so far and in all, before every tensor and at the end;
+        what another process reads counts as read.
       trained: paths of leaves that are read in float32 and never quantized.
       only: paths of the leaves to read; None: all.
       optional: paths of leaves that the files may lack; the tree then lacks them too.
@@ -128,25 +129,24 @@ def load_params(
         own, leaf = plain if path in trained else reader, None
         whole = path in trained or _is_mixed(path, sources[path], storage, files)
         for at, names in sources[path].items():
+            tell(done, total)
             region = None if split or needed is None else needed(path)
             done += spec.size // len(sources[path])
             if region is not None and spec.parts:
                 if leaf is not None and not region.holds(at[-1]):
-                    tell(done, total)  # another process reads it
-                    continue
+                    continue  # another process reads it
                 region = region.inner()
             region = own.settled(region, names, spec, plain=whole)
-            bound = _bound(split, path, at)
-            part = own.matrix(names, spec, plain=whole, split=bound, region=region)
+            part = own.matrix(names, spec, plain=whole, split=_bound(split, path, at), region=region)
             if leaf is None:
                 # Buffers keep their precision, as in transformers.
                 wanted = jnp.dtype(jnp.float32) if spec.kind == "buffer" else own.dtype
                 leaf = empty(part, spec.full_shape[: len(at)], wanted, region)
             put(leaf, at, part, f"{files.folder}: {names[0]}", region)
             part = None  # or a large table would be there twice while it is placed
-            tell(done, total)
         # Placing is asynchronous, and the host's copy would stay beside the next leaf's.
         leaves[path], leaf = jax.block_until_ready(place(path, leaf)), None
+    tell(done, total)
     return unflatten({path: leaves[path] for path in specs})
 
 
