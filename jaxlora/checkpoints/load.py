@@ -122,22 +122,22 @@ def load_params(
     plain = Reader(files, jnp.dtype(jnp.float32), None, storage)
     sources = find_sources(files, specs, cfg, storage, optional)
     specs = {p: s for p, s in specs.items() if p in sources and (only is None or p in only)}
-    total, done = sum(spec.size for spec in specs.values()), 0
-    tell = progress or (lambda done, total: None)
+    tell, total, done = progress or _nobody, sum(spec.size for spec in specs.values()), 0
     leaves = {}
     for path, spec in sorted(specs.items(), key=lambda item: -reader.size(item[1])):
         own, leaf = plain if path in trained else reader, None
         whole = path in trained or _is_mixed(path, sources[path], storage, files)
         for at, names in sources[path].items():
             tell(done, total)
-            region = None if split or needed is None else needed(path)
             done += spec.size // len(sources[path])
+            region = None if split or needed is None else needed(path)
             if region is not None and spec.parts:
                 if leaf is not None and not region.holds(at[-1]):
                     continue  # another process reads it
                 region = region.inner()
             region = own.settled(region, names, spec, plain=whole)
-            part = own.matrix(names, spec, plain=whole, split=_bound(split, path, at), region=region)
+            bound = _bound(split, path, at)
+            part = own.matrix(names, spec, plain=whole, split=bound, region=region)
             if leaf is None:
                 # Buffers keep their precision, as in transformers.
                 wanted = jnp.dtype(jnp.float32) if spec.kind == "buffer" else own.dtype
@@ -148,6 +148,10 @@ def load_params(
         leaves[path], leaf = jax.block_until_ready(place(path, leaf)), None
     tell(done, total)
     return unflatten({path: leaves[path] for path in specs})
+
+
+def _nobody(done: int, total: int) -> None:
+    """Progress that nobody asked for."""
 
 
 def _bound(split: Split | None, path: str, at: tuple[int, ...]) -> Split | None:
