@@ -18,7 +18,7 @@ from jaxlora.models.config import ModelConfig
 from jaxlora.models.parameters import ParamSpec, describe
 
 Rows = list[tuple[str, str]]
-_BITS = {"bfloat16": 16.0, "int8": 8.0, "int4": 4.5, "nf4": 4.127}  # int4, nf4: with block scales
+_BITS = {"bfloat16": 16.0, "int8": 8.0, "int4": 4.25, "nf4": 4.127}  # int4, nf4: with block scales
 
 
 def inspect(path: str | Path) -> Rows:

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from jaxlora.checkpoints.label_head import optional_leaves
 from jaxlora.checkpoints.load import load_params, to_device
-from jaxlora.checkpoints.matrices import QuantSpec, Split
+from jaxlora.checkpoints.matrices import QuantSpec, Split, is_table, stored_table
 from jaxlora.checkpoints.regions import Region
 from jaxlora.core.axes import VOCAB
 from jaxlora.core.errors import UserError
@@ -147,17 +147,24 @@ def load_base(
     head: dict[str, Any] = {}
     own_head = [path for path in specs if stored.tie_embedding and path not in describe(stored)]
     shared = ["embed/embedding"] if own_head else []
+    described = describe(stored)
+    in_bits = quantization is not None and quantization.embeddings is not None
+    # Quantized once they have their rows: read plain.
+    grown = [p for p, s in described.items() if in_bits and is_table(s) and s != specs[p]]
+    late = {*shared, *grown}
 
     def fitted(path: str, leaf: Any) -> Any:
         # As in transformers, which only appends zeros to the bias of a tied head.
         mean = mean_resizing and not (stored.tie_embedding and specs[path].kind == "bias")
         leaf = _resized(path, leaf, specs[path], None if mean else cfg.init_std)
         for other in own_head if path in shared else ():
-            head[other] = place(other, np.ascontiguousarray(stored_as(other, leaf).T))
-        return place(path, stored_as(path, leaf) if path in shared else leaf)
+            head[other] = place(other, stored_as(other, np.ascontiguousarray(leaf.T)))
+        return place(path, stored_as(path, leaf) if path in late else leaf)
 
     def stored_as(path: str, leaf: Any) -> Any:
-        return leaf if path in trained else leaf.astype(jnp.dtype(dtype))
+        if path in trained:
+            return leaf
+        return stored_table(leaf, specs[path]) if in_bits else leaf.astype(jnp.dtype(dtype))
 
     params = load_params(
         folder,
@@ -167,10 +174,10 @@ def load_base(
         place=fitted,
         split=split,
         progress=progress,
-        trained={*trained, *shared},
+        trained={*trained, *late},
         only=only,
         optional=optional,
-        needed=needed and _of_unchanged(needed, describe(stored), specs, shared),
+        needed=needed and _of_unchanged(needed, described, specs, shared),
     )
     leaves = {**flatten(params), **head}
     for path in sorted(optional - leaves.keys()) if only is None else ():

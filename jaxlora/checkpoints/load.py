@@ -95,7 +95,8 @@ def load_params(
       folder: holds config.json and the safetensors.
       cfg: from `read_model_config`.
       dtype: dtype of plain leaves, and the one quantized leaves stand for.
-      quantization: how to store the linear weights; embedding, head, norms and biases stay plain.
+      quantization: how to store the linear weights, and embedding and head if it says so; norms
+        and biases stay plain.
       place: given a path and its complete host leaf, returns the leaf to keep, e.g. sharded; int4
         leaves come two values a byte, see `QuantizedArray.packed`.
       split: given path, layer, linear matrix and what stores a matrix, returns the layer's leaf:
@@ -118,7 +119,13 @@ def load_params(
             f"{folder}: is quantized already ({storage.name}); an adapter that is split off the "
             "base, as PiSSA, OLoRA and LoftQ do, needs the unquantized model."
         )
-    reader = Reader(files, jnp.dtype(dtype), _settled(quantization, storage, folder), storage)
+    reader = Reader(
+        files,
+        jnp.dtype(dtype),
+        _settled(quantization, storage, folder),
+        storage,
+        quantization and quantization.embeddings,
+    )
     plain = Reader(files, jnp.dtype(jnp.float32), None, storage)
     sources = find_sources(files, specs, cfg, storage, optional)
     specs = {p: s for p, s in specs.items() if p in sources and (only is None or p in only)}

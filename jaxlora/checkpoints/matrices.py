@@ -15,10 +15,11 @@ from jaxlora.checkpoints.regions import Region
 from jaxlora.checkpoints.storage import Storage
 from jaxlora.checkpoints.tensor_view import Tensors
 from jaxlora.checkpoints.tensors import TensorFiles
+from jaxlora.core.axes import VOCAB
 from jaxlora.core.errors import UserError
 from jaxlora.models.parameters import ParamSpec
 from jaxlora.ops.arrays import FOUR_BIT, QuantizedArray
-from jaxlora.ops.quantize import beside, dequantize, pack, quantize
+from jaxlora.ops.quantize import beside, dequantize, pack, quantize, quantize_tokens
 
 # The kinds of parameter that `QuantSpec` is for.
 _QUANTIZED = ("linear", "experts")
@@ -31,17 +32,40 @@ Split = Callable[..., Any]
 
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:
-    """How the linear weights of a model are stored; see `jaxlora.ops.quantize.quantize`.
+    """How the frozen weights of a model are stored; see `jaxlora.ops.quantize`.
 
     Attributes:
-      format: ``int4``, ``nf4`` or ``int8``.
+      format: of linear weights: ``int4``, ``nf4`` or ``int8``.
       group_size: int4 only.
       double_quant: nf4 only.
+      embeddings: of embedding and head: ``int8``; None keeps them plain.
     """
 
     format: str
     group_size: int = 64
     double_quant: bool = True
+    embeddings: str | None = None
+
+    def of(self, spec: ParamSpec) -> str | None:
+        """Returns the format of a parameter, None for one that is kept plain."""
+        if spec.kind in _QUANTIZED:
+            return self.format
+        return self.embeddings if is_table(spec) else None
+
+
+def is_table(spec: ParamSpec) -> bool:
+    """Returns whether a parameter is an embedding of tokens, or a head."""
+    return spec.kind in ("embedding", "head") and VOCAB in spec.axes
+
+
+def stored_table(table: np.ndarray, spec: ParamSpec) -> QuantizedArray:
+    """Returns an embedding or a head in int8.
+
+    >>> spec = ParamSpec((4, 8), ("embed", "vocab"), 0.02, kind="head")
+    >>> stored_table(np.ones((4, 8), "float32"), spec).scales.shape
+    (1, 8)
+    """
+    return quantize_tokens(table, spec.axes.index(VOCAB))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +75,8 @@ class Reader:
     Attributes:
       files: where from.
       dtype: of plain leaves, and the one that what is quantized here stands for.
-      quantization: how to store plain linear weights.
+      quantization: how to store plain linear weights, None for as they are.
+      embeddings: how to store embedding and head, None for as they are.
       storage: how quantized weights lie in the files.
     """
 
@@ -59,12 +84,15 @@ class Reader:
     dtype: np.dtype
     quantization: QuantSpec | None
     storage: Storage | None
+    embeddings: str | None = None
 
     def size(self, spec: ParamSpec) -> float:
         """Returns about how many bytes the leaf of a parameter will take."""
         stored = self.storage or (spec.kind in _QUANTIZED and self.quantization)
         if stored and spec.kind in _QUANTIZED:
             return spec.size * (0.5 if stored.format in FOUR_BIT else 1)
+        if self.embeddings and is_table(spec):
+            return spec.size
         return spec.size * self.dtype.itemsize
 
     def matrix(
@@ -112,6 +140,8 @@ class Reader:
         stored = self.storage is not None and self.storage.holds(names[0], self.files.info)
         if region is None or stored:
             return None
+        if self.embeddings and is_table(spec) and not plain:
+            return region.along(spec.axes.index(VOCAB))
         if self.quantization is not None and spec.kind in _QUANTIZED and not plain:
             spec_of = self.quantization
             region = region.quantized(
@@ -121,9 +151,18 @@ class Reader:
 
     def _store(self, spec: ParamSpec, matrix: np.ndarray) -> Any:
         """Quantized if the parameter is to be, else in the dtype of the file."""
+        if self.embeddings and is_table(spec):
+            return stored_table(matrix, spec)
         if self.quantization is None or spec.kind not in _QUANTIZED:
             return matrix
-        return _quantized(matrix, self.dtype.name, **dataclasses.asdict(self.quantization))
+        how = self.quantization
+        return _quantized(
+            matrix,
+            self.dtype.name,
+            format=how.format,
+            group_size=how.group_size,
+            double_quant=how.double_quant,
+        )
 
     def _tensor(self, name: str, spec: ParamSpec, plain: bool) -> Any:
         if self.storage is not None and self.storage.holds(name, self.files.info):

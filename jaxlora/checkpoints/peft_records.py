@@ -27,7 +27,10 @@ def records(
     >>> records(fingerprint="ab12", storage=None, split="pissa")
     {'jaxlora_base': 'ab12', 'jaxlora_base_split': 'pissa'}
     """
-    told = None if storage is None else json.dumps(dataclasses.asdict(storage))
+    told = None
+    if storage is not None:
+        kept = {k: v for k, v in dataclasses.asdict(storage).items() if v is not None}
+        told = json.dumps(kept)
     found = {FINGERPRINT: fingerprint, _STORAGE: told, _SPLIT: split}
     return {name: value for name, value in found.items() if value}
 

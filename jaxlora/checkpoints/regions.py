@@ -66,6 +66,16 @@ class Region:
             into = (into[0] // group * group, min(-(-into[1] // group) * group, rows))
         return dataclasses.replace(self, box=(*self.box[:-2], into, out))
 
+    def along(self, axis: int) -> "Region | None":
+        """Returns the box that is as this one along `axis` and whole along the others; None for
+        all: what is quantized with a scale for each index of `axis` needs the others whole."""
+        box = tuple(
+            part if at == axis else (0, size)
+            for at, (part, size) in enumerate(zip(self.box, self.shape, strict=True))
+        )
+        region = dataclasses.replace(self, box=box)
+        return None if region.is_whole else region
+
     def index(self, leaf: Any, part: np.ndarray) -> tuple[slice, ...]:
         """Returns where `part`, an array of a leaf of the box, lies in that of the whole leaf."""
         return tuple(

@@ -132,7 +132,12 @@ def _storage(config: Config) -> str:
         return "none: every weight trains" if not config.unfrozen_parameters else "as loaded"
     if plan is None:
         return "as loaded"
-    return plan.format + (", scales quantized too" if plan.double_quant else "")
+    tables = config.quantize_embeddings
+    return (
+        plan.format
+        + (", scales quantized too" if plan.double_quant else "")
+        + (f"; embedding and head {tables}" if tables else "")
+    )
 
 
 def _adapter(config: Config) -> str:

@@ -264,6 +264,9 @@ def _quantization(config: Config) -> Iterator[Problem]:
     if plan is None and config.adapter == "qlora":
         text = "qlora needs load_in_4bit: true, or quantization: int4 or nf4"
         yield Problem(("adapter",), text, ("load_in_4bit", "quantization"))
+    if plan is None and config.quantize_embeddings is not None:
+        text = f"{config.quantize_embeddings} needs a quantized base; set quantization: int4"
+        yield Problem(("quantize_embeddings",), text, ("quantization", "load_in_4bit"))
     if plan is None:
         return
     key = "quantization" if storage is not None else (*wanted, "peft")[0]

@@ -124,6 +124,9 @@ class AdapterKeys(Section):
     """Stores the frozen base as int8."""
     quantization: Literal["int4", "nf4", "int8"] | None = None
     """(jaxlora) Format of the frozen base; int4 suits TPUs and CPUs."""
+    quantize_embeddings: Literal["int8"] | None = None
+    """(jaxlora) Format of a quantized base's embedding and head, each where it does not train;
+    null keeps them as `bf16` says. A scale for each token."""
     bnb_config_kwargs: BnbConfig = Field(default_factory=BnbConfig)
     """Options of nf4."""
 

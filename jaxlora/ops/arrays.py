@@ -43,7 +43,8 @@ class QuantizedArray:
     Attributes:
       values: int4 and int8: ``[..., in, out]`` signed integers. The rest: ``[..., out, in / 2]``
         uint8, two codes a byte, first element in the high nibble (bitsandbytes' bytes in order).
-      scales: int4: ``[..., in / group, out]``. int8: the same, or ``[..., 1, out]``.
+      scales: int4: ``[..., in / group, out]``. int8: the same, or ``[..., 1, out]``, or
+        ``[in, 1]`` for an embedding, whose ``in`` counts tokens: a lookup needs theirs alone.
         The rest: ``[..., out, in / block]`` when the block divides ``in``, else one scale per 64
         elements of the flattened matrix.
       format: ``"int4"``, ``"int8"``, or one of `CODED`, which name a table in `nf4.TABLES`.

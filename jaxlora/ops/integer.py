@@ -38,12 +38,13 @@ def quantize_int4(
     """Returns int4 values in [-8, 7] and one scale per group of inputs and output.
 
     The scale is signed, so that a group's largest magnitude can fall on -8 whatever its sign:
-    one level more than [-7, 7] (RMSE 0.091 instead of 0.100 on N(0, 1), groups of 64).
+    one level more than [-7, 7] (RMSE 0.091 instead of 0.100 on N(0, 1), groups of 64). It is a
+    number of bfloat16, in which its product with a code is rounded once, as in float32.
     """
     in_dim, out_dim = weight.shape
     group = group_length(in_dim, group_size)
     values = np.empty((in_dim, out_dim), jnp.int4)
-    scales = np.empty((in_dim // group, out_dim), np.float32)
+    scales = np.empty((in_dim // group, out_dim), jnp.bfloat16)
 
     def work(start: int, stop: int) -> None:
         columns = weight[:, start:stop].reshape(-1, group, stop - start).swapaxes(0, 1)
@@ -70,10 +71,12 @@ def _clip_search(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         error = steps.sum(axis=0) * clip**2
         better = error < least
         least[better], best[better] = error[better], clip
-    codes = _round(np.divide(x, best, out=steps), out=codes).astype(np.int8)
     # Not `where(usable, ...)`: a peak of NaN or infinity must reach the caller's check.
-    scale = peak * best / np.float32(-8)
+    scale = (peak * best / np.float32(-8)).astype(jnp.bfloat16)
     scale[np.abs(peak) <= _SMALLEST_PEAK] = 0
+    # The codes are for the scale as it is stored.
+    np.divide(scale.astype(np.float32) * np.float32(-8), peak, out=best, where=usable)
+    codes = _round(np.divide(x, best, out=steps), out=codes).astype(np.int8)
     return codes, scale
 
 
@@ -123,20 +126,23 @@ def dequantize(
     Args:
       values: int4 or int8.
       scales: one group's scale for each output; int8 of LLM.int8 has one group.
-      dtype: of the result; the product is taken in float32 and rounded once.
+      dtype: of the result; the product is taken as in float32 and rounded once.
       zeros: as `scales`; None for 0.
       groups: group of each input; None where groups are equal runs of inputs.
     """
     *lead, _, out_dim = values.shape
-    numbers = values.astype(jnp.float32)
-    scales = scales.astype(jnp.float32)
+    # Codes, and their distances to a zero, are numbers of bfloat16: where the scales are too, the
+    # product is rounded once in it as well, and nothing of twice the size is formed.
+    exact = scales.dtype == jnp.bfloat16 == jnp.dtype(dtype)
+    wide = jnp.bfloat16 if exact else jnp.float32
+    numbers, scales = values.astype(wide), scales.astype(wide)
     if groups is not None:
         if zeros is not None:
-            numbers -= take_rows(zeros, groups).astype(jnp.float32)
+            numbers -= take_rows(zeros, groups).astype(wide)
         return (numbers * take_rows(scales, groups)).astype(dtype)
     numbers = numbers.reshape(*lead, scales.shape[-2], -1, out_dim)
     if zeros is not None:
-        numbers -= zeros[..., None, :].astype(jnp.float32)
+        numbers -= zeros[..., None, :].astype(wide)
     return (numbers * scales[..., None, :]).reshape(values.shape).astype(dtype)
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxlora.core.errors import UserError
 from jaxlora.ops.arrays import LoraArray, PatchedArray, QuantizedArray, Weight
-from jaxlora.ops.quantize import dequantize
+from jaxlora.ops.quantize import dequantize, gather
 
 
 def matmul(
@@ -28,6 +28,8 @@ def matmul(
     if isinstance(weight, LoraArray):
         y = _lora_matmul(x, weight)
     elif isinstance(weight, QuantizedArray):
+        if out_dtype is not None and _scales_of_outputs(weight):
+            return _coded_matmul(x, weight, _HEAD).astype(out_dtype)
         y = _quantized_matmul(x, weight)
     elif isinstance(weight, PatchedArray):
         y = matmul(x, weight.base, out_dtype=out_dtype)
@@ -43,12 +45,17 @@ def embed(tokens: Int[Array, "B T"], table: Weight) -> Float[Array, "B T D"]:
     """Returns the rows of a ``[vocab, embed]`` table; ids are range-checked on the host.
 
     A LoRA pair or a patch of rows is looked up as the table is: its sum with it is never formed.
+    Of a table in int8 only the rows taken are dequantized.
     """
     if isinstance(table, PatchedArray):
         index = jnp.asarray(table.index)
         slot = jnp.searchsorted(index, tokens).clip(max=len(index) - 1)
         patched = (index[slot] == tokens)[..., None]
         return jnp.where(patched, table.patch[slot], embed(tokens, table.base))
+    if isinstance(table, QuantizedArray) and _scales_of_rows(table):
+        leaf: Any = table
+        rows = leaf.values[tokens].astype(jnp.float32) * leaf.scales[tokens]
+        return rows.astype(leaf.dtype)
     if not isinstance(table, LoraArray):
         return materialize(table)[tokens]
     rows = embed(tokens, table.base)
@@ -64,6 +71,8 @@ def unembed(x: Float[Array, "*batch D"], table: Weight) -> Float[Array, "*batch 
     if isinstance(table, PatchedArray):
         logits = unembed(x, table.base)
         return logits.at[..., table.index].set(unembed(x, table.patch))
+    if isinstance(table, QuantizedArray) and _scales_of_rows(table):
+        return _coded_matmul(x, table, _TABLE)
     table = materialize(table).astype(x.dtype)
     if x.dtype == jnp.float32:
         return jnp.einsum("...D,VD->...V", x, table)
@@ -145,6 +154,47 @@ def _quantized_backward(weight, dy):
 
 
 _quantized_matmul.defvjp(_quantized_forward, _quantized_backward)
+
+
+# The products of `_coded_matmul`, forward and for the gradient, by how the weight lies.
+_HEAD = ("...D,DV->...V", "...V,DV->...D")
+_TABLE = ("...D,VD->...V", "...V,VD->...D")
+
+
+def _scales_of_outputs(weight: QuantizedArray) -> bool:
+    """Whether a product can be scaled after it is taken: int8, one scale for each column."""
+    leaf: Any = weight
+    plain = leaf.format == "int8" and leaf.zeros is None and leaf.groups is None
+    return plain and leaf.scales.shape == (1, leaf.shape[-1])
+
+
+def _scales_of_rows(table: QuantizedArray) -> bool:
+    leaf: Any = table
+    return leaf.format == "int8" and leaf.scales.shape == (leaf.shape[0], 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _coded_matmul(x, weight, products):
+    # Codes are numbers of bfloat16 too, so the product is that of the float32 numbers they stand
+    # for, and no dequantized matrix is formed where the compiler can widen codes as it reads them.
+    leaf: Any = gather(weight)
+    codes = leaf.values.astype(x.dtype)
+    y = jnp.einsum(products[0], x, codes, preferred_element_type=jnp.float32)
+    return y * leaf.scales.reshape(-1)
+
+
+def _coded_forward(x, weight, products):
+    return _coded_matmul(x, weight, products), (weight, jnp.zeros((), x.dtype))
+
+
+def _coded_backward(products, residuals, dy):
+    weight, like = residuals
+    leaf: Any = gather(weight)
+    dy = (dy * leaf.scales.reshape(-1)).astype(like.dtype)
+    return jnp.einsum(products[1], dy, leaf.values.astype(like.dtype)), None
+
+
+_coded_matmul.defvjp(_coded_forward, _coded_backward)
 
 
 def _lora_matmul(x, w: LoraArray):

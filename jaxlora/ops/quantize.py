@@ -59,6 +59,30 @@ def quantize(
     return QuantizedArray(values, scales, format=format, dtype=jnp.dtype(dtype).name)
 
 
+def quantize_tokens(
+    table: Float[np.ndarray, "V D"] | Float[np.ndarray, "D V"], axis: int
+) -> QuantizedArray:
+    """Quantizes an embedding or a head on the host: int8, one scale for each token.
+
+    It stands for float32 numbers, code times scale, whatever the dtype of `table`.
+
+    Args:
+      table: any floating dtype; non-finite values and the range of float16 are checked.
+      axis: the one that counts tokens: 0 of an embedding, 1 of a head.
+
+    Raises:
+      UserError: as `quantize`.
+
+    >>> leaf = quantize_tokens(np.array([[1.0, -0.5], [2.0, 2.0]], "float32"), 0)
+    >>> leaf.values.tolist(), leaf.scales.shape
+    ([[127, -64], [127, 127]], (2, 1))
+    """
+    leaf: Any = quantize(table if axis else table.T, "int8")
+    if axis:
+        return leaf
+    return dataclasses.replace(leaf, values=leaf.values.T, scales=leaf.scales.T)
+
+
 def dequantize(quantized: QuantizedArray, dtype: Any = None) -> Float[Array, "*lead I O"]:
     """Returns the matrix that `quantized` stores, as `dtype` or its own; jittable.
 
@@ -67,7 +91,7 @@ def dequantize(quantized: QuantizedArray, dtype: Any = None) -> Float[Array, "*l
     >>> dequantize(quantize(np.eye(2, dtype="float32"), "int8"))[0].tolist()
     [1.0, 0.0]
     """
-    leaf: Any = _gather(quantized)  # arrays of jax throughout
+    leaf: Any = gather(quantized)  # arrays of jax throughout
     values, scales = leaf.values, leaf.scales
     if quantized.format in CODED:
         table = nf4.TABLES[quantized.format]
@@ -86,8 +110,8 @@ def dequantize(quantized: QuantizedArray, dtype: Any = None) -> Float[Array, "*l
     return matrix if dtype is None else matrix.astype(dtype)
 
 
-def _gather(quantized: QuantizedArray) -> QuantizedArray:
-    """All parts as jax arrays, constrained to the sharding `gathered` asks for.
+def gather(quantized: QuantizedArray) -> QuantizedArray:
+    """Returns all parts as jax arrays, constrained to the sharding `gathered` asks for.
 
     Flat nf4 scales and int4 groups have no axis in common with the matrix and are left alone.
     """
@@ -116,7 +140,7 @@ def bits_per_parameter(quantized: QuantizedArray) -> float:
     """Returns the storage of values, scales and zeros in bits, per element of the matrix.
 
     >>> bits_per_parameter(quantize(np.ones((128, 128), "float32"), "int4"))
-    4.5
+    4.25
     """
     leaves = jax.tree.leaves(quantized)
     return sum(leaf.size * _bits(leaf.dtype) for leaf in leaves) / math.prod(quantized.shape)

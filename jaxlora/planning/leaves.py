@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.checkpoints.load import QuantSpec
+from jaxlora.checkpoints.matrices import is_table
+from jaxlora.core.axes import VOCAB
 from jaxlora.models.parameters import ParamSpec
 from jaxlora.ops.arrays import CODED, DoubleQuantized, QuantizedArray
 from jaxlora.ops.integer import group_length
 from jaxlora.ops.nf4 import BLOCK, NESTED_BLOCK
 from jaxlora.training.shape import Shape
-
-# The kinds of parameter that a quantized base has in few bits; see `checkpoints.matrices`.
-_QUANTIZED = ("linear", "experts")
 
 
 def note(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -48,10 +47,17 @@ def frozen_leaves(shape: Shape, quantization: QuantSpec | None) -> dict[str, Any
 
 def _host_leaf(spec: ParamSpec, quantization: QuantSpec | None, dtype: jnp.dtype) -> Any:
     """A leaf as it is before it is placed."""
-    if quantization is not None and spec.kind in _QUANTIZED:
-        return _quantized(spec.full_shape, quantization, dtype)
-    # Buffers keep their precision.
-    return _array(spec.full_shape, jnp.float32 if spec.kind == "buffer" else dtype)
+    format = None if quantization is None else quantization.of(spec)
+    if quantization is None or format is None:
+        # Buffers keep their precision.
+        return _array(spec.full_shape, jnp.float32 if spec.kind == "buffer" else dtype)
+    if is_table(spec):
+        scales = tuple(
+            size if axis == VOCAB else 1 for size, axis in zip(spec.shape, spec.axes, strict=True)
+        )
+        values: Any = _array(spec.shape, jnp.int8)
+        return QuantizedArray(values, _array(scales, jnp.float32), format, "float32")  # type: ignore[arg-type]
+    return _quantized(spec.full_shape, quantization, dtype)
 
 
 def _array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -76,7 +82,8 @@ def _quantized(shape: tuple[int, ...], how: QuantSpec, dtype: jnp.dtype) -> Quan
     else:
         values = _array(shape, jnp.int4 if how.format == "int4" else jnp.int8)
         groups = in_dim // group_length(in_dim, how.group_size) if how.format == "int4" else 1
-        scales = _array((*lead, groups, out_dim), jnp.float32)
+        kind = jnp.bfloat16 if how.format == "int4" else jnp.float32
+        scales = _array((*lead, groups, out_dim), kind)
     return QuantizedArray(values, scales, how.format, dtype.name)  # type: ignore[arg-type]
 
 

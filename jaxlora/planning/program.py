@@ -115,7 +115,12 @@ def _stored_as(config: Config, storage: Storage | None, raw: dict[str, Any]) -> 
     size = given.get("group_size") or given.get("q_group_size") or 128
     double = bool(given.get("bnb_4bit_use_double_quant", False))
     group = size if isinstance(size, int) and size > 0 else 128
-    return QuantSpec(storage.format, group_size=group, double_quant=double)
+    return QuantSpec(
+        storage.format,
+        group_size=group,
+        double_quant=double,
+        embeddings=config.quantize_embeddings,
+    )
 
 
 def _pairs(shape: Shape, frozen: dict[str, Any], options: Any) -> dict[str, Any]:

@@ -103,6 +103,7 @@ def identity(plan: Plan) -> dict[str, Any]:
         "adam_epsilon": config.adam_epsilon,
         "max_grad_norm": config.max_grad_norm,
         "quantization": storage and [storage.format, storage.double_quant],
+        "quantize_embeddings": config.quantize_embeddings,
         "peft_init_lora_weights": plan.model.lora and _init_of(plan.model.lora),
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,

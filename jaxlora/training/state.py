@@ -155,7 +155,9 @@ def _pairs(model: Model, leaves: Tree, key: jax.Array, splitter: lora.Splitter |
 def quant_spec(config: Config) -> QuantSpec | None:
     """Returns how the frozen base is stored, None for plain arrays."""
     chosen = derived.quantization(config)
-    return chosen and QuantSpec(chosen.format, double_quant=chosen.double_quant)
+    return chosen and QuantSpec(
+        chosen.format, double_quant=chosen.double_quant, embeddings=config.quantize_embeddings
+    )
 
 
 def make_tx(

@@ -39,6 +39,7 @@ STORAGES = {
     "int8": QuantSpec("int8"),
     "nf4": QuantSpec("nf4", double_quant=False),
     "double": QuantSpec("nf4"),
+    "tables": QuantSpec("int8", embeddings="int8"),
 }
 
 

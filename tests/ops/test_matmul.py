@@ -8,7 +8,7 @@ import pytest
 
 from jaxlora.ops.arrays import LoraArray
 from jaxlora.ops.matmul import embed, materialize, matmul, unembed
-from jaxlora.ops.quantize import FORMATS, dequantize, quantize
+from jaxlora.ops.quantize import FORMATS, dequantize, quantize, quantize_tokens
 
 IN, OUT, RANK = 48, 20, 3
 BASES = ["float32", *FORMATS]
@@ -224,6 +224,61 @@ def test_embed_reads_rows_and_unembed_multiplies_by_them(kind):
     x = normal(2, 3, OUT)
     np.testing.assert_allclose(unembed(x, table), x @ materialize(table).T, atol=1e-5)
     assert unembed(x.astype(jnp.bfloat16), table).dtype == jnp.float32
+
+
+TABLES = {"embedding": (0, unembed), "head": (1, functools.partial(matmul, out_dtype="float32"))}
+
+
+def table_leaf(kind):
+    """A table in int8 whose tokens differ in size, as a leaf that knows it by its shape."""
+    axis, _ = TABLES[kind]
+    table = np.asarray(normal(IN, OUT, seed=1)) * np.geomspace(0.01, 10, IN)[:, None]
+    table = table.astype(np.float32)
+    return jax.tree.map(jnp.asarray, quantize_tokens(table.T if axis else table, axis)), table
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_table_in_8_bits_is_within_half_a_step_of_each_token(kind):
+    leaf, table = table_leaf(kind)
+    axis, _ = TABLES[kind]
+    lost = np.abs(dequantize(leaf) - (table.T if axis else table)).max(axis=1 - axis)
+    # And what rounding the largest magnitude to float16 adds, 2**-11 of it.
+    assert np.all(lost <= np.abs(table).max(axis=1) * (0.5 / 127 + 2**-11))
+    assert leaf.values.dtype == jnp.int8
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_logits_of_a_table_in_8_bits_are_those_of_its_float32_numbers(kind):
+    leaf, _ = table_leaf(kind)
+    axis, product = TABLES[kind]
+    weight = dequantize(leaf) if axis else dequantize(leaf).T
+    for dtype, tolerance in ((jnp.float32, 1e-6), (jnp.bfloat16, 1e-6)):
+        x = normal(2, 3, OUT).astype(dtype)
+        y, (dx,) = pullback(lambda x: product(x, leaf), x)
+        exact, (exact_dx,) = pullback(lambda x: x @ weight, x.astype(jnp.float32))
+        assert (y.dtype, dx.dtype) == (jnp.float32, dtype)
+        # The codes are numbers of bfloat16: nothing is rounded but the sums,
+        assert np.abs(y - exact).max() <= tolerance * np.abs(exact).max()
+        # and in the gradient what is multiplied by them, once, and the result.
+        rounding = 1e-5 if dtype == jnp.float32 else 2**-7
+        assert np.abs(dx.astype(jnp.float32) - exact_dx).max() <= rounding * np.abs(exact_dx).max()
+
+
+def test_a_lookup_in_8_bits_dequantizes_the_rows_it_takes():
+    leaf, _ = table_leaf("embedding")
+    tokens = jnp.array([[0, 47], [3, 3]])
+    np.testing.assert_array_equal(embed(tokens, leaf), dequantize(leaf)[tokens])
+    made = jax.make_jaxpr(lambda leaf: embed(tokens, leaf))(leaf).eqns
+    floats = [v.aval for eqn in made for v in eqn.outvars if v.aval.dtype == jnp.float32]
+    assert floats
+    assert max(aval.size for aval in floats) == tokens.size * OUT
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_no_dequantized_table_is_kept_for_the_backward_pass(kind):
+    leaf, _ = table_leaf(kind)
+    _, product = TABLES[kind]
+    assert largest_float_residual(lambda x: product(x, leaf), normal(3, OUT)) <= IN
 
 
 def largest_float_residual(f, x):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -55,6 +57,36 @@ def test_int4_peak_falls_on_minus_eight_whatever_its_sign():
     np.testing.assert_array_equal(quantized.values.astype(int), np.stack([steps, steps], axis=1))
     np.testing.assert_array_equal(quantized.scales, [[1, -1]])
     np.testing.assert_array_equal(dequantize(quantized), weight)
+
+
+def test_int4_codes_are_the_nearest_for_the_scale_as_it_is_stored():
+    weight = normal(256, 64)
+    leaf = quantize(weight, "int4")
+    assert leaf.scales.dtype == jnp.bfloat16
+    steps = weight.reshape(-1, 64, 64) / leaf.scales.astype(np.float32)[:, None]
+    nearest = np.clip(np.rint(steps), -8, 7).reshape(weight.shape)
+    # Two roundings apart from here, so that a weight between two steps may fall to either.
+    differ = nearest != leaf.values.astype(np.float32)
+    assert differ.mean() < 1e-3
+    between = np.abs(np.abs(steps - np.floor(steps)) - 0.5).reshape(weight.shape)
+    assert between[differ].max(initial=0) < 1e-5
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_numbers_of_bfloat16_scales_are_rounded_once(scattered, zeros):
+    leaf = quantize(normal(256, 64), "int4", dtype="bfloat16")
+    rng = np.random.default_rng(3)
+    parts = {"zeros": rng.integers(-8, 8, leaf.scales.shape).astype(jnp.int4)} if zeros else {}
+    groups = np.arange(256) // 64
+    if scattered:
+        rng.shuffle(groups)
+        parts["groups"] = groups.astype(np.int32)
+    whole = {name: np.asarray(getattr(leaf, name), np.float32) for name in ("values", "scales")}
+    less = parts["zeros"].astype(np.float32)[groups] if zeros else 0
+    exact = (whole["values"] - less) * whole["scales"][groups]
+    got = jax.jit(dequantize)(dataclasses.replace(leaf, **parts))
+    np.testing.assert_array_equal(got, exact.astype(jnp.bfloat16))
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
@@ -226,7 +258,7 @@ def test_stacked_layers_dequantize_like_single_ones(format, shape, double_quant)
         # Codes and scales are gathered; the numbers made of them must stay split as the codes are.
         ("nf4", True, ["8x64xui8", "8x2xui8", "8x128xf32"]),
         ("nf4", False, ["8x64xui8", "8x2xf32", "8x128xf32"]),
-        ("int4", True, ["128x8xi4", "2x8xf32"]),
+        ("int4", True, ["128x8xi4", "2x8xbf16"]),
         ("int8", True, ["128x8xi8", "1x8xf32"]),
     ],
 )
@@ -263,7 +295,7 @@ def test_flat_scales_are_left_to_the_compiler():
         ("nf4", False, 4 + 32 / 64),
         # One byte a block of 64, one float32 per 256 blocks, one for the matrix.
         ("nf4", True, 4 + 8 / 64 + 32 / (64 * 256) + 32 / 256**2),
-        ("int4", False, 4 + 32 / 64),
+        ("int4", False, 4 + 16 / 64),
         ("int8", False, 8 + 32 / 256),
     ],
 )

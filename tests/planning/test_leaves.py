@@ -33,6 +33,7 @@ CASES = {
         "quantization": "nf4",
         "bnb_config_kwargs": {"bnb_4bit_use_double_quant": False},
     },
+    "tables": {**QLORA, "quantization": "int4", "quantize_embeddings": "int8"},
     "int8": {**LORA, "quantization": "int8", "optimizer": "lion", "peft_lora_bias": True},
 }
 
