@@ -25,12 +25,14 @@ def matmul(
     Gradients reach `x` and, for a `LoraArray`, `a`, `b` and `magnitude`; a quantized matrix and
     the base of a LoRA pair are frozen.
     """
+    y: Any
     if isinstance(weight, LoraArray):
         y = _lora_matmul(x, weight)
     elif isinstance(weight, QuantizedArray):
         if out_dtype is not None and _scales_of_outputs(weight):
-            return _coded_matmul(x, weight, _HEAD).astype(out_dtype)
-        y = _quantized_matmul(x, weight)
+            y = _coded_matmul(x, weight, _HEAD)
+        else:
+            y = _quantized_matmul(x, weight)
     elif isinstance(weight, PatchedArray):
         y = matmul(x, weight.base, out_dtype=out_dtype)
         return y.at[..., weight.index].set(matmul(x, weight.patch, out_dtype=out_dtype))
