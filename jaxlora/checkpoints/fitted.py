@@ -30,6 +30,8 @@ from jaxlora.models.config import ModelConfig
 from jaxlora.models.families.labelled import labelled
 from jaxlora.models.parameters import ParamSpec, describe
 
+_TABLE = "embed/embedding"
+
 
 def fit(
     cfg: ModelConfig,
@@ -145,26 +147,18 @@ def load_base(
     specs, optional = describe(cfg), optional_leaves(stored, cfg)
     stored = labelled(stored, cfg.num_labels) if optional else stored
     head: dict[str, Any] = {}
-    own_head = [path for path in specs if stored.tie_embedding and path not in describe(stored)]
-    shared = ["embed/embedding"] if own_head else []
-    described = describe(stored)
-    in_bits = quantization is not None and quantization.embeddings is not None
-    # Quantized once they have their rows: read plain.
-    grown = [p for p, s in described.items() if in_bits and is_table(s) and s != specs[p]]
-    late = {*shared, *grown}
+    own_head, late = _stored_late(describe(stored), specs, stored.tie_embedding, quantization)
 
     def fitted(path: str, leaf: Any) -> Any:
         # As in transformers, which only appends zeros to the bias of a tied head.
         mean = mean_resizing and not (stored.tie_embedding and specs[path].kind == "bias")
         leaf = _resized(path, leaf, specs[path], None if mean else cfg.init_std)
-        for other in own_head if path in shared else ():
+        for other in own_head if path == _TABLE else ():
             head[other] = place(other, stored_as(other, np.ascontiguousarray(leaf.T)))
         return place(path, stored_as(path, leaf) if path in late else leaf)
 
     def stored_as(path: str, leaf: Any) -> Any:
-        if path in trained:
-            return leaf
-        return stored_table(leaf, specs[path]) if in_bits else leaf.astype(jnp.dtype(dtype))
+        return leaf if path in trained else _stored(leaf, specs[path], dtype, quantization)
 
     params = load_params(
         folder,
@@ -177,7 +171,7 @@ def load_base(
         trained={*trained, *late},
         only=only,
         optional=optional,
-        needed=needed and _of_unchanged(needed, described, specs, shared),
+        needed=needed and _of_unchanged(needed, describe(stored), specs, late),
     )
     leaves = {**flatten(params), **head}
     for path in sorted(optional - leaves.keys()) if only is None else ():
@@ -185,16 +179,40 @@ def load_base(
     return unflatten(leaves)
 
 
+def _stored_late(
+    stored: Mapping[str, ParamSpec],
+    specs: Mapping[str, ParamSpec],
+    tied: bool,
+    quantization: QuantSpec | None,
+) -> tuple[list[str], set[str]]:
+    """The leaves of a head that gets numbers of its own, and the tables that are read plain because
+    they are copied, or grow before they are quantized."""
+    own_head = [path for path in specs if tied and path not in stored]
+    late = {_TABLE} if own_head else set()
+    if quantization is not None and quantization.embeddings is not None:
+        late |= {path for path, spec in stored.items() if is_table(spec) and spec != specs[path]}
+    return own_head, late
+
+
+def _stored(
+    table: np.ndarray, spec: ParamSpec, dtype: DTypeLike, quantization: QuantSpec | None
+) -> Any:
+    """A table that was read plain, as the run stores it."""
+    if quantization is not None and quantization.embeddings is not None:
+        return stored_table(table, spec)
+    return table.astype(jnp.dtype(dtype))
+
+
 def _of_unchanged(
     needed: Callable[[str], Region | None],
     stored: Mapping[str, ParamSpec],
     specs: Mapping[str, ParamSpec],
-    shared: Collection[str],
+    copied: Collection[str],
 ) -> Callable[[str], Region | None]:
     """`needed` of leaves that stay as they are; a table is resized, or copied, as a whole."""
 
     def of(path: str) -> Region | None:
-        changed = path in shared or stored[path].shape != specs[path].shape
+        changed = path in copied or stored[path].shape != specs[path].shape
         return None if changed else needed(path)
 
     return of

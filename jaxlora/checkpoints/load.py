@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from jaxlora.checkpoints.gguf_files import gguf_config, gguf_file, open_weights
@@ -119,13 +120,7 @@ def load_params(
             f"{folder}: is quantized already ({storage.name}); an adapter that is split off the "
             "base, as PiSSA, OLoRA and LoftQ do, needs the unquantized model."
         )
-    reader = Reader(
-        files,
-        jnp.dtype(dtype),
-        _settled(quantization, storage, folder),
-        storage,
-        quantization and quantization.embeddings,
-    )
+    reader = _reader(files, jnp.dtype(dtype), quantization, storage)
     plain = Reader(files, jnp.dtype(jnp.float32), None, storage)
     sources = find_sources(files, specs, cfg, storage, optional)
     specs = {p: s for p, s in specs.items() if p in sources and (only is None or p in only)}
@@ -147,8 +142,8 @@ def load_params(
             part = own.matrix(names, spec, plain=whole, split=bound, region=region)
             if leaf is None:
                 # Buffers keep their precision, as in transformers.
-                wanted = jnp.dtype(jnp.float32) if spec.kind == "buffer" else own.dtype
-                leaf = empty(part, spec.full_shape[: len(at)], wanted, region)
+                kept = jnp.dtype(jnp.float32) if spec.kind == "buffer" else own.dtype
+                leaf = empty(part, spec.full_shape[: len(at)], kept, region)
             put(leaf, at, part, f"{files.folder}: {names[0]}", region)
             part = None  # or a large table would be there twice while it is placed
         # Placing is asynchronous, and the host's copy would stay beside the next leaf's.
@@ -182,6 +177,13 @@ def check_weights(folder: Path, cfg: ModelConfig, optional: Collection[str] = ()
     files = open_weights(folder)
     found = find_sources(files, describe(cfg), cfg, storage_of(folder), optional)
     return frozenset(optional) - found.keys()
+
+
+def _reader(
+    files: Tensors, dtype: np.dtype, wanted: QuantSpec | None, storage: Storage | None
+) -> Reader:
+    settled = _settled(wanted, storage, files.folder)
+    return Reader(files, dtype, settled, storage, wanted and wanted.embeddings)
 
 
 def _settled(wanted: QuantSpec | None, storage: Storage | None, folder: Path) -> QuantSpec | None:
