@@ -92,10 +92,15 @@ class Placement:
         return jax.jit(integer.unpack, out_shardings=sharding)(packed)
 
     def _gathered(self, stored: Sequence[str | None], shape: Sequence[int]) -> NamedSharding | None:
-        """Split over `tensor` only: what a layer's matrix looks like once `fsdp` is gathered."""
+        """Split over `tensor` only: what a layer's matrix looks like once `fsdp` is gathered.
+
+        A head is not gathered, see `parallel.head`: it comes to be split along the vocabulary.
+        """
         if len(shape) != len(stored):
             return None
-        return NamedSharding(self.mesh, partition(self.mesh, stored, shape, without="fsdp"))
+        also = "fsdp" if stored[-1] == axes.VOCAB else ""
+        split = partition(self.mesh, stored, shape, without="fsdp", also=also)
+        return NamedSharding(self.mesh, split)
 
     def _put(self, x: Any, logical: Sequence[str | None], also: str = "") -> jax.Array:
         return self._to(

@@ -19,6 +19,7 @@ from jaxlora.lora import Target
 from jaxlora.lora.parts import fill
 from jaxlora.models.transformer import Transformer, bind
 from jaxlora.ops.loss import chunked_cross_entropy, tokens_per_chunk
+from jaxlora.parallel.head import SplitHead
 from jaxlora.parallel.mesh import batch_shards
 from jaxlora.training.gathering import gathered_pairs
 
@@ -46,9 +47,9 @@ def weights(
     return lora.apply(unflatten({**frozen, **own}), trainable["adapter"], targets, key, gathered)
 
 
-def _read(transformer: Transformer, params: Tree, batch: Batch) -> tuple[Any, ...]:
+def _read(transformer: Transformer, params: Tree, batch: Batch, head: SplitHead) -> tuple[Any, ...]:
     """``(model, hidden, targets, weights)``: what the head reads, and what it should say to it."""
-    model = bind(transformer, params)
+    model = bind(transformer, head.weights(params))
     segments = batch["segment_ids"]
     hidden, _ = model(batch["tokens"], batch["positions"], segments, types=batch.get("token_types"))
     targets, weights = batch["targets"], batch["weights"]
@@ -64,7 +65,7 @@ def batch_loss(
     batch: Batch,
     *,
     head_trains: bool = True,
-    row_shards: int = 1,
+    mesh: Any = None,
 ) -> Float[Array, ""]:
     """Returns the sum of the weighted losses in nats of a ``[rows, T]`` batch.
 
@@ -75,21 +76,23 @@ def batch_loss(
       params: what it binds.
       batch: of rows.
       head_trains: whether anything between the last hidden states and the logits trains.
-      row_shards: devices that share the rows: each has chunks of its own.
+      mesh: of devices that share the rows: each has chunks of its own.
     """
-    read = _read(transformer, params, batch)
-    return _loss(transformer, *read, head_trains=head_trains, row_shards=row_shards)
+    head = SplitHead(mesh, transformer.cfg)
+    read = _read(transformer, params, batch, head)
+    return _loss(transformer, head, *read, head_trains=head_trains)
 
 
 def _loss(
-    transformer: Transformer, model, hidden, targets, weights, *, head_trains: bool, row_shards: int
+    transformer: Transformer, head: SplitHead, model, hidden, targets, weights, *, head_trains: bool
 ) -> Float[Array, ""]:
+    row_shards = 1 if head.mesh is None else batch_shards(head.mesh)
     return chunked_cross_entropy(
-        model.logits,
+        lambda hidden: head.logits(model.logits(head.rows(hidden))),
         hidden,
         targets,
         weights,
-        # Each chunk gathers a head that is split: it is as large as the share of a device may be.
+        # What is gathered for a chunk is gathered once for all devices: it has a share of each.
         chunk_tokens=tokens_per_chunk(transformer.cfg.vocab_size)
         * row_shards
         * transformer.context,
@@ -98,10 +101,9 @@ def _loss(
     )
 
 
-def _row_shards(placed: Tree | None) -> int:
-    """Devices that share the rows of a batch, by where what trains lies."""
-    mesh = getattr(next(iter(jax.tree.leaves(placed)), None), "mesh", None)
-    return 1 if mesh is None else batch_shards(mesh)
+def _mesh(placed: Tree | None) -> Any:
+    """The devices that share the rows of a batch, by where what trains lies; None for one."""
+    return getattr(next(iter(jax.tree.leaves(placed)), None), "mesh", None)
 
 
 def trains_head(transformer: Transformer, trainable: Tree) -> bool:
@@ -135,7 +137,7 @@ def make_train_step(
     placed = jax.tree.map(lambda x: x.sharding, like)
     gathered = gathered_pairs(placed[0]["adapter"], targets)
     head_trains = trains_head(transformer, like[0])
-    row_shards = _row_shards(placed)
+    mesh = _mesh(placed)
 
     def step(trainable, opt_state, frozen, batch: Batch, number: Int[Array, ""]):
         step_key = jax.random.fold_in(seed_key, number)
@@ -147,7 +149,7 @@ def make_train_step(
                 params,
                 micro_batch,
                 head_trains=head_trains,
-                row_shards=row_shards,
+                mesh=mesh,
             )
 
         def add_micro_batch(sums, inputs):
@@ -190,19 +192,20 @@ def make_eval_step(
     """
     labels = transformer.cfg.num_labels
     placed = jax.tree.map(lambda x: x.sharding, {"adapter": {}} if like is None else like)
-    gathered, row_shards = gathered_pairs(placed["adapter"], targets), _row_shards(placed)
+    gathered = gathered_pairs(placed["adapter"], targets)
+    head = SplitHead(_mesh(placed), transformer.cfg)
 
     @jax.jit
     def step(trainable, frozen, batch: Batch):
         params = weights(trainable, frozen, targets, gathered=gathered)
 
         def add_micro_batch(sums, micro_batch):
-            read = model, hidden, wanted, counted = _read(transformer, params, micro_batch)
+            read = model, hidden, wanted, counted = _read(transformer, params, micro_batch, head)
             loss, confusion = sums
             if labels:
                 said = jnp.argmax(model.logits(hidden), axis=-1)
                 confusion = confusion.at[wanted, said].add(counted)
-            more = _loss(transformer, *read, head_trains=True, row_shards=row_shards)
+            more = _loss(transformer, head, *read, head_trains=True)
             return (loss + more, confusion), None
 
         zeros = (jnp.zeros((), jnp.float32), jnp.zeros((labels, labels), jnp.float32))

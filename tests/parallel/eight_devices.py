@@ -39,7 +39,7 @@ from jaxlora.models.targets import targets_of_specs
 from jaxlora.models.transformer import Transformer
 from jaxlora.ops.attention_chunked import chunked_attention
 from jaxlora.ops.experts import Routing
-from jaxlora.ops.quantize import pack, quantize
+from jaxlora.ops.quantize import pack, quantize, quantize_tokens
 from jaxlora.optim.optimizers import make_optimizer
 from jaxlora.parallel.attention import on_each_device
 from jaxlora.parallel.experts import on_each_device as experts_on_each_device
@@ -101,12 +101,15 @@ def batches(cfg, steps):
 
 @functools.cache
 def stored(method):
-    """Base weights on the host, plain and with the linear ones quantized layer by layer."""
+    """Base weights on the host, plain and as a run stores them: the linear ones quantized layer by
+    layer; with int4 the tables too, in int8."""
     cfg, _, linear, storage = model_of(method)
     weights = flatten(init_params(cfg, jax.random.key(0), jnp.float32))
     plain = {path: np.asarray(weight) for path, weight in weights.items()}
     chosen = linear if storage in ("int4", "nf4", "int8", "gptq") else ()
-    return plain, plain | {path: quantized(plain[path], storage) for path in chosen}
+    tables = {"embed/embedding": 0, "lm_head/kernel": 1} if storage == "int4" else {}
+    kept = {path: quantize_tokens(plain[path], axis) for path, axis in tables.items()}
+    return plain, plain | {path: quantized(plain[path], storage) for path in chosen} | kept
 
 
 def quantized(weight, method):
@@ -221,6 +224,7 @@ def train(method, sizes, steps):
         "compiled": step._cache_size(),
         "largest_share": share_of(largest),
         "pairs_share": max(map(share_of, pairs), default=0),
+        "head": specs["lm_head/kernel"].shape,
         "matrices": sorted({specs[path].shape for path in linear}),
         "exported": {name: [str(x.dtype), *x.shape] for name, x in sorted(tensors.items())},
         "cpu_s": round(time.process_time() - started, 1),

@@ -71,6 +71,8 @@ def check(results, cases):
         share = 1 / math.prod(sizes[axis] for axis in split)
         assert results[case]["largest_share"] == share, case
         assert results[case]["pairs_share"] <= 1 / sizes["fsdp"], case
+        whole = [shape for _, shape in results[case]["gathers"] if shape == results[case]["head"]]
+        assert not whole, (case, "logits are computed by parts of the vocabulary")
         if sizes["fsdp"] > 1 and method.removeprefix("moe-") in QUANTIZED:
             check_gathers(case, results[case], sizes["expert"])
 
