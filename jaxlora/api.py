@@ -23,6 +23,7 @@ from jaxlora.parallel.mesh import batch_shards, make_mesh
 from jaxlora.planning.estimate import Estimate
 from jaxlora.planning.out_of_memory import explained
 from jaxlora.planning.plan import plan as _plan
+from jaxlora.planning.remat import choose
 from jaxlora.planning.topology import parse as parse_topology
 from jaxlora.training.evaluation import Evaluation
 from jaxlora.training.evaluation import evaluate as _evaluate
@@ -81,7 +82,7 @@ def train(
     """
     config = _config(source, overrides)
     with explained(config):
-        return _train(config, quiet=quiet, profile=profile)
+        return _train(config, quiet=quiet, profile=profile, settle=choose)
 
 
 def plan(source: Source, *overrides: str, topology: str | None = None) -> Estimate:

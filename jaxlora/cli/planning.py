@@ -66,6 +66,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _search(config: "Config", topology: "Topology", made: "Estimate") -> "list[Found]":
     """The largest micro-batch with these rows, and the longest rows in a micro-batch of one."""
+    from jaxlora.config import derived
     from jaxlora.planning.plan import plan
     from jaxlora.planning.search import largest
 
@@ -75,6 +76,8 @@ def _search(config: "Config", topology: "Topology", made: "Estimate") -> "list[F
     def measure(keys: dict[str, Any]) -> "Estimate":
         # One micro-batch: how often it is repeated changes nothing, and this compiles sooner.
         once = {"gradient_accumulation_steps": 1, "batch_size": None}
+        if derived.remat_policy(config) == "auto":  # what fits at all fits with the last of it
+            once |= {"remat": "full", "gradient_checkpointing": True}
         return plan(config.model_copy(update={**once, **keys}), topology)
 
     batch = largest(measure, "micro_batch_size", config.micro_batch_size)

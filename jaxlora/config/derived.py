@@ -97,11 +97,18 @@ def matches_beside_adapter(pattern: str) -> bool:
 
 
 def remat_policy(config: Config) -> str:
-    """Returns what the backward pass recomputes, a value of `remat`."""
+    """Returns what the backward pass recomputes, a value of `remat`.
+
+    Without a word about it, as little as the device has room for.
+    """
+    if config.remat is not None:
+        return config.remat
+    if "gradient_checkpointing" not in config.model_fields_set:
+        return "auto"
     checkpoints = config.gradient_checkpointing
     if str(checkpoints).startswith("offload"):
-        return config.remat or "offload"
-    return config.remat or ("full" if checkpoints else "none")
+        return "offload"
+    return "full" if checkpoints else "none"
 
 
 def attention_backend(config: Config) -> str:

@@ -73,11 +73,12 @@ class TrainingKeys(Section):
     max_grad_norm: NotNegative = 1.0
     """Longer gradients are clipped to this norm; 0: never."""
     gradient_checkpointing: Flag | Literal["full", "offload", "offload_disk"] = False
-    """Recomputes activations in the backward pass to save memory."""
+    """Recomputes activations in the backward pass to save memory (`remat: full`); offload keeps the
+    inputs of layers in host memory meanwhile. Not given: `remat: auto`."""
     remat: Literal["auto", "none", "matmuls", "attention", "full", "offload"] | None = None
-    """(jaxlora) What is recomputed: nothing, all but products, but attention's, everything, or that
-    with the inputs of layers in host memory; auto: the first of the first four that fits the
-    device; null: as `gradient_checkpointing`."""
+    """(jaxlora) What is recomputed: nothing; what is cheap (matmuls); the MLP too (attention); all;
+    all, with the inputs of layers in host memory (offload). auto: as little as fits the device, by
+    compiling. null: as `gradient_checkpointing` says, auto if it says nothing."""
     attn_implementation: Implementation = "auto"
     """Attention: reference (all scores at once, also eager), chunked, cudnn (NVIDIA GPUs) or splash
     (TPUs); auto and Axolotl's other names: the fastest that device and model allow."""

@@ -18,6 +18,7 @@ from jaxlora.parallel import processes
 from jaxlora.planning.flops import flops_per_token
 from jaxlora.planning.hardware import hardware_of
 from jaxlora.planning.program import make_program
+from jaxlora.planning.remat import choose
 from jaxlora.training.setup import Plan, make_plan
 from jaxlora.training.state import (
     init_optimizer,
@@ -106,6 +107,7 @@ def bench(
         raise UserError(f"--steps: {steps}; expected 1 or more.")
     started = time.perf_counter()
     plan = make_plan(config, say)
+    choose(plan, say)
     subject = _Subject(plan)
     load_s = time.perf_counter() - started
     say("compiling")

@@ -31,7 +31,7 @@ def changes(config: Config, devices: Sequence[Any], made: Estimate, platform: st
     found: list[Change] = []
     missing = -made.spare_bytes
     before = _total(config, devices, platform)
-    for keys, price in _candidates(config):
+    for keys, price in _candidates(config, made.remat):
         together = {key: value for change in found for key, value in change.keys.items()} | keys
         after = _total(_changed(config, together), devices, platform) if before else None
         if after is None or before is None or after >= before:
@@ -65,9 +65,8 @@ def _changed(config: Config, keys: dict[str, Any]) -> Config | None:
         return None
 
 
-def _candidates(config: Config) -> Iterator[tuple[dict[str, Any], str]]:
+def _candidates(config: Config, remat: str) -> Iterator[tuple[dict[str, Any], str]]:
     """Changes from the cheapest: first what costs nothing but time."""
-    remat = derived.remat_policy(config)
     prices = {
         "matmuls": "about no time",
         "attention": "the step takes about a sixth longer",

@@ -67,6 +67,24 @@ def estimate(program: Program, *, topology: str, hardware: Hardware) -> tuple[Es
     ), text
 
 
+def needed_bytes(program: Program) -> int | None:
+    """Returns the bytes of one device that a compiled step takes.
+
+    None where there was not enough memory to compile it, and the compiler does not say for what.
+    """
+    known = bytes_per_device((program.trainable, program.opt_state, program.frozen, program.batch))
+    kept = bytes_per_device(program.initial)
+    try:
+        stats = program.lower().compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return known + kept + _wanted(error) if _WANTED.search(str(error)) else None
+    unaliased = max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0)
+    temporaries = stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
+    return max(stats.argument_size_in_bytes, known) + kept + temporaries + unaliased
+
+
 def _wanted(error: Exception) -> int:
     """What the compiler wanted for temporaries; other errors are no answer."""
     found = _WANTED.search(str(error))

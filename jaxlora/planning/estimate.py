@@ -43,6 +43,11 @@ class Memory:
         return sum(dataclasses.astuple(self))
 
     @property
+    def least(self) -> int:
+        """What no compiler saves, where the figures are a formula's."""
+        return self.total - self.gradients - self.workspace
+
+    @property
     def temporaries(self) -> int:
         """What lives only during a step."""
         return self.activations + self.gradients + self.workspace
@@ -111,6 +116,7 @@ class Estimate:
       peak_bytes: the compiler's own figure of the peak, where it has one.
       host_bytes: what the step keeps in the host's memory for the device (`remat: offload`).
       weight_passes: how often a micro-batch reads the weights.
+      remat_choice: what `remat: auto` took and why, if it was asked.
       changes: what to change where it does not fit, the cheapest first.
     """
 
@@ -135,6 +141,7 @@ class Estimate:
     host_bytes: int = 0
     weight_passes: int = 3
     wasted_flops: float = 0.0
+    remat_choice: str = ""
     changes: tuple[Change, ...] = ()
 
     @property

@@ -1,7 +1,9 @@
 """Data sheets: what a chip holds, computes and moves."""
 
+import contextlib
 import dataclasses
 import os
+from pathlib import Path
 
 from jaxlora.core.errors import UserError
 
@@ -84,6 +86,15 @@ def hardware_of(device: object) -> Hardware:
     if kind in _KINDS:
         return HARDWARE[_KINDS[kind]]
     if platform == "cpu":
-        return Hardware("CPU", "cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return Hardware("CPU", "cpu", _host_bytes())
     stats = getattr(device, "memory_stats", lambda: None)() or {}
     return Hardware(kind, platform, int(stats.get("bytes_limit", 0)))
+
+
+def _host_bytes() -> int:
+    """Memory of this machine, or of the container that this is in."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # "max": no limit
+            limits.append(int(Path(file).read_text()))
+    return min(limits)

@@ -25,6 +25,7 @@ from jaxlora.parallel.mesh import batch_shards
 from jaxlora.parallel.rules import Placement
 from jaxlora.planning.leaves import frozen_leaves, note, trained_leaves
 from jaxlora.training.labels import wanted_labels
+from jaxlora.training.setup import Plan
 from jaxlora.training.shape import Shape, adapter_options, shape_of_run
 from jaxlora.training.state import make_tx, optimizer_shapes, quant_spec
 from jaxlora.training.step import make_train_step
@@ -86,16 +87,46 @@ def make_program(config: Config, devices: Sequence[Any], platform: str | None = 
     rows = stored.vocab_size if start is None else start.cfg.vocab_size
     cfg = fit(stored, options, rows, num_labels)
     shape = shape_of_run(config, cfg, options, start, fresh, devices=devices, platform=platform)
-    shape = dataclasses.replace(shape, placement=Placement(shape.placement.mesh, note))
+    replicas = batch_shards(shape.placement.mesh)
+    rows = config.micro_batch_size * replicas
+    batch = (derived.accumulation_steps(config, replicas), rows, config.sequence_len)
     quantization = _stored_as(config, storage_of(folder), raw)
+    return _program(config, shape, quantization, options, batch, _ANY_STEPS)
+
+
+def program_of(plan: Plan) -> Program:
+    """Returns the program that a run will compile, to the letter, before it has its arrays.
+
+    Args:
+      plan: the checked run.
+    """
+    config, model, batches = plan.config, plan.model, plan.batches
+    _, raw = read_model_config(model_folder(config))
+    quantization = _stored_as(config, storage_of(model.folder), raw)
+    shape = Shape(
+        model.cfg, model.specs, model.targets, model.parts, model.transformer, model.placement
+    )
+    batch = (batches.accumulation, batches.rows, batches.length)
+    return _program(config, shape, quantization, model.lora, batch, plan.total_steps)
+
+
+def _program(
+    config: Config,
+    shape: Shape,
+    quantization: QuantSpec | None,
+    options: lora.LoraConfig | None,
+    batch_shape: tuple[int, int, int],
+    steps: int,
+) -> Program:
+    shape = dataclasses.replace(shape, placement=Placement(shape.placement.mesh, note))
     frozen = frozen_leaves(shape, quantization)
     trainable = trained_leaves(shape, _pairs(shape, frozen, options))
-    optimizer, _ = make_tx(config, trainable, shape.specs, _ANY_STEPS)
+    optimizer, _ = make_tx(config, trainable, shape.specs, steps)
     opt_state = optimizer_shapes(optimizer, trainable, shape.placement)
     key = jax.random.fold_in(jax.random.key(config.seed), 2)
     like = (trainable, opt_state)
     step = make_train_step(shape.transformer, shape.targets, optimizer, key, like)
-    batch = _batch(config, shape)
+    batch = _batch(shape, batch_shape)
     splits = options is not None and changes_base(options.init)
     initial = {p: [x["a"], x["b"]] for p, x in trainable["adapter"].items()} if splits else {}
     return Program(step, trainable, opt_state, frozen, batch, shape, quantization, initial)
@@ -134,15 +165,11 @@ def _pairs(shape: Shape, frozen: dict[str, Any], options: Any) -> dict[str, Any]
     )
 
 
-def _batch(config: Config, shape: Shape) -> dict[str, Any]:
+def _batch(shape: Shape, full: tuple[int, int, int]) -> dict[str, Any]:
     """Shapes of a batch of full rows; what the data decide is their content only."""
     cfg: ModelConfig = shape.cfg
-    replicas = batch_shards(shape.placement.mesh)
-    rows = config.micro_batch_size * replicas
-    lead = (derived.accumulation_steps(config, replicas), rows)
 
-    def noted(dtype: Any, length: int = config.sequence_len) -> Any:
-        full = (*lead, length)
+    def noted(dtype: Any) -> Any:
         return jax.ShapeDtypeStruct(full, dtype, sharding=shape.placement.batch_sharding(full))
 
     names = ("tokens", "positions", "segment_ids", "targets")

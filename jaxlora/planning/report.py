@@ -67,7 +67,7 @@ def _head(made: Estimate) -> str:
         f"{verdict(made)}\n"
         f"{made.devices} x {made.hardware.name}, {mesh}; {made.tokens:,} tokens a step: {rows} x "
         f"{made.length:,} on each device, {times}\n"
-        f"from: {how}"
+        f"from: {how}" + (f"\n{made.remat_choice}" if made.remat_choice else "")
     )
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from jaxlora.training.progress import Display
 from jaxlora.training.remote_output import open_mirror, push_all
 from jaxlora.training.results import TrainResult
 from jaxlora.training.saving import Saver
-from jaxlora.training.setup import Plan, make_plan
+from jaxlora.training.setup import Plan, Say, make_plan
 from jaxlora.training.shared_store import open_store
 from jaxlora.training.stall import StallGuard
 from jaxlora.training.state import (
@@ -51,7 +51,13 @@ from jaxlora.training.trace import StepTrace
 from jaxlora.training.watchdog import LossWatchdog
 
 
-def train(config: Config, *, quiet: bool = False, profile: bool = False) -> TrainResult:
+def train(
+    config: Config,
+    *,
+    quiet: bool = False,
+    profile: bool = False,
+    settle: Callable[[Plan, Say], None] = lambda plan, say: None,
+) -> TrainResult:
     """Runs a configuration and returns its outcome.
 
     Everything the user can get wrong is checked before the output folder is touched.
@@ -60,6 +66,7 @@ def train(config: Config, *, quiet: bool = False, profile: bool = False) -> Trai
       config: from `jaxlora.load_config`.
       quiet: print nothing.
       profile: record some steps in ``output_dir/profile``.
+      settle: given the checked run and what prints a line, decides what `remat: auto` leaves open.
 
     Raises:
       UserError: a mistake in the configuration, the model, the data or the folder.
@@ -83,6 +90,7 @@ def train(config: Config, *, quiet: bool = False, profile: bool = False) -> Trai
             plan = make_plan(config, display.say)
         agreement.check_plan(plan)
         display.say(describe_data(plan))
+        settle(plan, display.say)
         with processes.together("weights"):
             trainable, frozen = load_weights(config, plan.model)
         display.say(describe_weights(plan, trainable, frozen))

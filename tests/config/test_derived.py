@@ -161,7 +161,8 @@ def test_precision_follows_the_device_unless_given():
 @pytest.mark.parametrize(
     ("values", "policy"),
     [
-        ({}, "none"),
+        ({}, "auto"),
+        ({"gradient_checkpointing": False}, "none"),
         ({"gradient_checkpointing": True}, "full"),
         ({"gradient_checkpointing": "offload"}, "offload"),
         ({"gradient_checkpointing": "offload_disk"}, "offload"),
@@ -173,7 +174,7 @@ def test_remat_policy_is_one_the_decoder_knows(values, policy):
     from jaxlora.models.transformer import REMAT_POLICIES
 
     assert derived.remat_policy(load_config(MINIMAL | values)) == policy
-    assert policy in ("none", *REMAT_POLICIES)
+    assert policy in ("auto", *REMAT_POLICIES)
 
 
 def test_loggers_and_rows_follow_from_the_keys():
