@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from jaxlora.training.progress import Display
 from jaxlora.training.remote_output import open_mirror, push_all
 from jaxlora.training.results import TrainResult
 from jaxlora.training.saving import Saver
-from jaxlora.training.setup import Plan, Say, make_plan
+from jaxlora.training.setup import Plan, Settle, leave, make_plan
 from jaxlora.training.shared_store import open_store
 from jaxlora.training.stall import StallGuard
 from jaxlora.training.state import (
@@ -52,11 +52,7 @@ from jaxlora.training.watchdog import LossWatchdog
 
 
 def train(
-    config: Config,
-    *,
-    quiet: bool = False,
-    profile: bool = False,
-    settle: Callable[[Plan, Say], None] = lambda plan, say: None,
+    config: Config, *, quiet: bool = False, profile: bool = False, settle: Settle = leave
 ) -> TrainResult:
     """Runs a configuration and returns its outcome.
 
@@ -66,7 +62,7 @@ def train(
       config: from `jaxlora.load_config`.
       quiet: print nothing.
       profile: record some steps in ``output_dir/profile``.
-      settle: given the checked run and what prints a line, decides what `remat: auto` leaves open.
+      settle: decides what `remat: auto` leaves open.
 
     Raises:
       UserError: a mistake in the configuration, the model, the data or the folder.
@@ -206,18 +202,11 @@ class Run:
     def _result(
         self, folder: Path, display: Display, before: dict[str, float], after: dict[str, float]
     ) -> TrainResult:
-        return TrainResult(
-            folder,
-            self.state.step,
-            self.last_loss,
-            after.get("eval_loss"),
-            before.get("eval_loss"),
-            after.get("exact_match"),
-            before.get("exact_match"),
-            display.tokens_per_s,
-            after.get("eval_accuracy"),
-            before.get("eval_accuracy"),
-        )
+        def scores(name: str) -> tuple[float | None, float | None]:
+            return after.get(name), before.get(name)
+
+        numbers = (self.state.step, self.last_loss, *scores("eval_loss"), *scores("exact_match"))
+        return TrainResult(folder, *numbers, display.tokens_per_s, *scores("eval_accuracy"))
 
     def _evaluates(self, step: int) -> bool:
         """Whether there is an evaluation in the middle of the run after that step."""

@@ -106,6 +106,13 @@ class Plan:
         return self.batches.steps_per_epoch
 
 
+Settle = Callable[[Plan, Say], None]
+
+
+def leave(plan: Plan, say: Say) -> None:
+    """Decides nothing: `remat: auto` then keeps everything for the backward pass."""
+
+
 def open_model(config: Config) -> Model:
     """Finds the base model, reads its description and matches the adapter's rules.
 
