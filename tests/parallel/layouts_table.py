@@ -18,19 +18,15 @@ _START, _END = "<!-- layouts -->\n", "<!-- end of layouts -->\n"
 
 
 class Table:
-    """Collects the rows of one session."""
-
-    def __init__(self) -> None:
-        self.rows: dict[str, dict[str, Any]] = {}
+    """Writes each row when it is done: the whole takes long, and may be stopped."""
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         told = dict(report.user_properties)
-        if "row" in told and report.when == "call":
-            self.rows[told.pop("row")] = {**_session(), **told, "held": report.passed}
-
-    def pytest_sessionfinish(self) -> None:
+        if "row" not in told or report.when != "call":
+            return
         kept = json.loads(DATA.read_text(encoding="utf-8")) if DATA.is_file() else {}
-        rows = {name: each for name in ROWS if (each := self.rows.get(name) or kept.get(name))}
+        kept[told.pop("row")] = {**_session(), **told, "held": report.passed}
+        rows = {name: kept[name] for name in ROWS if name in kept}
         DATA.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         before, rest = PAGE.read_text(encoding="utf-8").split(_START)
         PAGE.write_text(
