@@ -68,11 +68,17 @@ class CheckpointStore:
         self._swept = False
         self.committed: Callable[[], None] = lambda: None  # called after each, by who writes it
 
-    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, meta: dict[str, Any], *, owned: bool = False) -> None:
         """Copies `state` (a pytree of arrays) to the host and starts writing it.
 
         When it returns the arrays may be donated or changed. Waits for the save before. Later
         steps on disk, left by the run from before a restore, go when this one is committed.
+
+        Args:
+          step: optimizer steps done.
+          state: the arrays.
+          meta: a JSON object that `restore` returns.
+          owned: `state` is numpy arrays that nobody will change: they are not copied.
 
         Raises:
           UserError: the save before failed for want of space or access, or the folder holds
@@ -92,7 +98,8 @@ class CheckpointStore:
                 "set resume_from_checkpoint: true or another output_dir."
             )
         frozen_meta = json.loads(json.dumps({**meta, "step": step}))
-        arrays = _to_host(manifests.leaf_paths(state))
+        leaves = manifests.leaf_paths(state)
+        arrays = leaves if owned else _to_host(leaves)
         self._background.start(lambda: self._write(step, arrays, frozen_meta), f"save-{step}")
         self._position = step
 

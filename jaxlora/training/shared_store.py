@@ -41,11 +41,11 @@ class SharedStore(CheckpointStore):
         super().__init__(folder, keep=keep)
         self.own = CheckpointStore(folder, keep=keep) if processes.is_first() else None
 
-    def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, meta: dict[str, Any], *, owned: bool = False) -> None:
         host = fetch(state)
         with processes.together("save"):
             if self.own is not None:
-                self.own.save(step, host, meta)
+                self.own.save(step, host, meta, owned=True)
 
     def wait(self) -> None:
         with processes.together("wait"):

@@ -12,6 +12,7 @@ import optax
 import pytest
 from states import same_bits, state_of
 
+from jaxlora.checkpoints import store
 from jaxlora.checkpoints.manifest import leaf_paths
 from jaxlora.checkpoints.store import CheckpointStore, locate
 from jaxlora.core.errors import UserError
@@ -55,6 +56,16 @@ def test_arrays_may_change_as_soon_as_save_returns(tmp_path):
     state, _ = store.restore(1, {"array": array, "donated": jax.ShapeDtypeStruct((1 << 20,), "f4")})
     assert np.all(state["array"] == 1)
     assert np.all(state["donated"] == 1)
+
+
+def test_arrays_that_nobody_changes_are_not_copied(tmp_path, monkeypatch):
+    array, written = np.arange(3.0), []
+    save = store.save_arrays
+    monkeypatch.setattr(store, "save_arrays", lambda p, a: (written.append(a), save(p, a)))
+    with CheckpointStore(tmp_path) as opened:
+        opened.save(1, {"w": array}, {}, owned=True)
+        opened.save(2, {"w": array}, {})
+    assert [a["['w']"] is array for a in written] == [True, False]
 
 
 def test_only_the_newest_are_kept_and_nothing_else_lies_about(tmp_path):

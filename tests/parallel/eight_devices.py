@@ -1,6 +1,6 @@
 """A program with eight CPU devices: trains over meshes and prints a line of JSON for each.
 
-    python eight_devices.py [--steps N] METHOD:MESH [METHOD:MESH ...]
+    python eight_devices.py STEPS ACCUMULATION METHOD:MESH [METHOD:MESH ...]
 
 METHOD is lora, int4, nf4, int8, gptq or full, ``moe-`` before it for a mixture of experts; MESH is
 like ``data=2,fsdp=4``, or nothing for one device, which every other of its method comes after.
@@ -70,7 +70,7 @@ MOE = dataclasses.replace(
     moe=Moe((0, 1), num_experts=8, mlp_dim=64, routing=Routing(2, renormalize=True)),
 )
 # Three times a power of two tokens: no activation has the size of a matrix.
-STEPS, ROWS, LENGTH = 4, 8, 24
+ROWS, LENGTH = 8, 24
 
 
 def model_of(method):
@@ -81,10 +81,10 @@ def model_of(method):
     return cfg, specs, linear, method.removeprefix("moe-")
 
 
-def batches(cfg, steps):
+def batches(cfg, steps, accumulation):
     rng = np.random.default_rng(0)
     for _ in range(steps):
-        tokens = rng.integers(0, cfg.vocab_size, (2, ROWS, LENGTH)).astype(np.int32)
+        tokens = rng.integers(0, cfg.vocab_size, (accumulation, ROWS, LENGTH)).astype(np.int32)
         # Two texts in a row and padding: a segment crosses every border of devices.
         lengths = (10, LENGTH - 11, 1)
         segments = np.repeat(np.int32([1, 2, 0]), lengths)
@@ -199,7 +199,7 @@ def share_of(leaf):
     return leaf.addressable_shards[0].data.size / leaf.size
 
 
-def train(method, sizes, steps):
+def train(method, sizes, steps, accumulation):
     """Returns what happened, and the tensors that the run would export."""
     started = time.process_time()
     devices = jax.devices() if sizes else jax.devices()[:1]
@@ -207,7 +207,7 @@ def train(method, sizes, steps):
     cfg, specs, linear, _ = model_of(method)
     step, trainable, opt_state, frozen, export = setup(method, placement)
     losses, program = [], None
-    for number, batch in enumerate(batches(cfg, steps)):
+    for number, batch in enumerate(batches(cfg, steps, accumulation)):
         arguments = (trainable, opt_state, frozen, placement.batch(batch), jnp.int32(number))
         program = program or step.lower(*arguments).compile()
         trainable, opt_state, metrics = step(*arguments)
@@ -239,15 +239,11 @@ def apart(tensors, others):
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    count = STEPS
-    if words[0] == "--steps":
-        count, words = int(words[1]), words[2:]
-    alone = {}
-    for case in words:
+    numbers, alone = [int(word) for word in sys.argv[1:3]], {}
+    for case in sys.argv[3:]:
         method, _, mesh = case.partition(":")
         pairs = [part.split("=") for part in mesh.split(",") if part]
-        result, tensors = train(method, {axis: int(size) for axis, size in pairs}, count)
+        result, tensors = train(method, {axis: int(size) for axis, size in pairs}, *numbers)
         alone.setdefault(method, tensors)
         result["apart"] = apart(alone[method], tensors)
         print(json.dumps({case: result}), flush=True)

@@ -25,7 +25,8 @@ class Table:
         if "row" not in told or report.when != "call":
             return
         kept = json.loads(DATA.read_text(encoding="utf-8")) if DATA.is_file() else {}
-        kept[told.pop("row")] = {**_session(), **told, "held": report.passed}
+        row = told.pop("row")
+        kept[row] = {**_session(), **told, "held": report.passed}
         rows = {name: kept[name] for name in ROWS if name in kept}
         DATA.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
         before, rest = PAGE.read_text(encoding="utf-8").split(_START)

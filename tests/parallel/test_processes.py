@@ -24,8 +24,11 @@ def test_two_processes_agree():
         assert said["exchanged"] == [{"n": 0}, {"n": 1}]
         assert said["first"] == ["a", 1]
         assert said["highest"] == 11
+        assert said["moved"][:2] == [True, ["nothing", "one piece", "second", "stacked"]]
         assert said["same"] is None
         assert said["differs"].startswith("learning_rate: 0.001 on process 0 and 0.002 on process")
+    assert len(first["moved"][2]) == 6
+    assert second["moved"][2] is None
     assert first["on_first"] == "the first has no file."
     assert second["on_first"] == "process 0: the first has no file."
     assert second["together"] == "the second has no file."
