@@ -20,6 +20,7 @@ from jaxlora.core.errors import UserError
 from jaxlora.generation.sampling import SamplingOptions, sample
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.moe import Spread
+from jaxlora.models.stacks import is_apart
 from jaxlora.models.transformer import Cache, Constrain, Transformer, bind, empty_cache
 
 Params = Mapping[str, Any]
@@ -207,7 +208,8 @@ def _prefill(params, tokens, lengths, keys, recipe: _Recipe, size: int) -> _Stat
     padding = width - lengths[:, None]
     positions = jnp.maximum(jnp.arange(width) - padding, 0)
     segments = (jnp.arange(width) >= padding).astype(jnp.int32)
-    cache = empty_cache(recipe.cfg, rows, width + size, recipe.dtype)
+    apart = any(map(is_apart, jax.tree.leaves(params, is_leaf=is_apart)))
+    cache = empty_cache(recipe.cfg, rows, width + size, recipe.dtype, apart=apart)
     logits, cache = _read(model, tokens, positions, segments, cache)
     seen = None
     if recipe.options.repetition_penalty != 1:

@@ -23,6 +23,7 @@ from jaxlora.data.template import ChatTemplate
 from jaxlora.data.tokenizer import Encoder, load_tokenizer, pad_id
 from jaxlora.generation.chat import Read, Session, Write, chat
 from jaxlora.generation.decoding import generate
+from jaxlora.generation.layout import for_decoding
 from jaxlora.generation.sampling import SamplingOptions
 from jaxlora.generation.text import answer_text, end_ids
 from jaxlora.models.config import ModelConfig
@@ -215,7 +216,7 @@ def load(
             f"{adapter or model}: {cfg.family} does not write text (it is for {task.pipeline}); "
             f"use jaxlora {use}."
         )
-    params = opened.load()
+    params = for_decoding(opened.load(), cfg)
     template = template_of(tokenizer) if tokenizer.chat_template else None
     transformer = Transformer(cfg, dtype=opened.dtype)
     return LanguageModel(transformer, params, tokenizer, template, _eos_ids(opened.folder))

@@ -46,6 +46,44 @@ class Stack:
     layers: tuple[tuple[int, ...], ...]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Apart:
+    """A stacked leaf as one array for each layer.
+
+    A scan copies each layer out of its stack before it is used, on a CPU as much traffic again as
+    using it. Where a token costs one pass over the weights, layers apart are worth compiling all.
+    """
+
+    layers: tuple[Any, ...]
+
+
+def is_apart(leaf: Any) -> bool:
+    """Whether a leaf is `Apart`; as `is_leaf` of `jax.tree` it keeps them whole."""
+    return isinstance(leaf, Apart)
+
+
+def each_layer(
+    period: Callable[[Any, Any], tuple[Any, Any]], x: Any, stacked: Any, count: int
+) -> tuple[Any, Any]:
+    """`jax.lax.scan`, as a loop over `count` layers if any leaf of `stacked` is `Apart`.
+
+    What `period` makes of each layer is then `Apart` too.
+    """
+    if not any(map(is_apart, jax.tree.leaves(stacked, is_leaf=is_apart))):
+        return jax.lax.scan(period, x, stacked)
+    made = []
+    for number in range(count):
+        one = jax.tree.map(lambda leaf: _layer(leaf, number), stacked, is_leaf=is_apart)
+        x, out = period(x, one)
+        made.append(out)
+    return x, jax.tree.map(lambda *layers: Apart(layers), *made)
+
+
+def _layer(leaf: Any, number: int) -> Any:
+    return leaf.layers[number] if is_apart(leaf) else leaf[number]
+
+
 def layer_shapes(cfg: ModelConfig) -> tuple[LayerShape, ...]:
     """Returns the shape of every layer."""
     bare = tuple(place for place in cfg.norms if place != "attention_in")

@@ -18,7 +18,7 @@ from jaxlora.models.head import HeadTransform, classifier_head, language_head, p
 from jaxlora.models.layers import LayerCache, Linear, Norm
 from jaxlora.models.moe import Spread, in_place
 from jaxlora.models.parameters import ParamSpec, declare
-from jaxlora.models.stacks import AttentionInputs, Stack, make_stacks
+from jaxlora.models.stacks import Apart, AttentionInputs, Stack, each_layer, make_stacks
 from jaxlora.ops.attention import Attend, reference_attention
 from jaxlora.ops.matmul import embed, unembed
 
@@ -53,20 +53,28 @@ class Cache:
     has segment 0, so nothing attends to it.
 
     Attributes:
-      layers: keys ``[L, B, S, K, H]`` and values ``[L, B, S, K, W]`` of every stack.
+      layers: keys ``[L, B, S, K, H]`` and values ``[L, B, S, K, W]`` of every stack, or `Apart`.
     """
 
-    layers: dict[str, LayerCache]
+    layers: dict[str, Any]
     positions: Int[Array, "B S"]
     segments: Int[Array, "B S"]
     index: Int[Array, ""]
 
 
-def empty_cache(cfg: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> Cache:
-    """Returns a cache with room for `length` tokens in each of `batch` rows."""
+def empty_cache(
+    cfg: ModelConfig, batch: int, length: int, dtype: DTypeLike, *, apart: bool = False
+) -> Cache:
+    """Returns a cache with room for `length` tokens in each of `batch` rows.
 
-    def zeros(layers: int, channels: int) -> Array:
-        return jnp.zeros((layers, batch, length, cfg.num_kv_heads, channels), dtype)
+    `apart` is for parameters that are `Apart`: layers are then written where they are.
+    """
+
+    def zeros(layers: int, channels: int) -> Any:
+        shape = (batch, length, cfg.num_kv_heads, channels)
+        if apart:
+            return Apart(tuple(jnp.zeros(shape, dtype) for _ in range(layers)))
+        return jnp.zeros((layers, *shape), dtype)
 
     layers = {
         name: (zeros(len(numbers), cfg.head_dim), zeros(len(numbers), cfg.value_dim))
@@ -191,7 +199,7 @@ class Transformer(nnx.Module):
             (weights, inputs.numbers(numbers), None if cache is None else cache.layers[name])
             for name, numbers, (_, weights) in zip(stack.names, stack.layers, split, strict=True)
         ]
-        x, layer_caches = jax.lax.scan(period, x, scanned)
+        x, layer_caches = each_layer(period, x, scanned, len(stack.layers[0]))
         return x, dict(zip(stack.names, layer_caches, strict=True))
 
     def pooled(
