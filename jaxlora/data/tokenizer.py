@@ -17,6 +17,9 @@ _FILES = (
     "tokenizer_config.json",
 )
 
+# Names of the class that adds nothing to tokenizer.json.
+_GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
+
 _OWN, _FALLBACK = "tokenizer_default", "tokenizer_default_fallback_"
 
 
@@ -26,8 +29,6 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> Any:
     Raises:
         UserError: no tokenizer is there, it cannot be read, or it is not a fast one.
     """
-    from transformers import AutoTokenizer
-
     folder = Path(path).expanduser()
     gguf = _gguf_file(folder)
     if gguf is None and folder.is_dir() and not any((folder / name).is_file() for name in _FILES):
@@ -42,6 +43,12 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> Any:
     if gguf is not None:
         source, options = str(gguf.parent), {"gguf_file": gguf.name}
     try:
+        if gguf is None and _is_generic(folder):
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast.from_pretrained(source)
+        from transformers import AutoTokenizer
+
         tokenizer = AutoTokenizer.from_pretrained(
             source, trust_remote_code=False, use_fast=True, **options
         )
@@ -52,6 +59,26 @@ def load_tokenizer(path: str | Path, *, revision: str | None = None) -> Any:
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{path}: has no fast tokenizer; a tokenizer.json is needed.")
     return tokenizer if gguf is None else _without_invented(tokenizer)
+
+
+def _is_generic(folder: Path) -> bool:
+    """Whether a folder's tokenizer is all in tokenizer.json, by the rules of AutoTokenizer.
+
+    Asking that class loads the configurations of all models, and torch where it is installed: 2 s.
+    It also overrules the files of some kinds of model, so that only LLaMA's are taken here, and
+    folders that say nothing of a model, as those of adapters.
+    """
+    if not (folder / "tokenizer.json").is_file() or (folder / "tekken.json").is_file():
+        return False
+    try:
+        settings, model = (
+            json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            for path in (folder / "tokenizer_config.json", folder / "config.json")
+        )
+        generic = settings.get("tokenizer_class") in _GENERIC and "auto_map" not in settings
+        return generic and model.get("model_type") in (None, "llama")
+    except (ValueError, AttributeError):
+        return False  # and AutoTokenizer says why
 
 
 def _gguf_file(path: Path) -> Path | None:

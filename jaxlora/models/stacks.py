@@ -74,14 +74,17 @@ def each_layer(
         return jax.lax.scan(period, x, stacked)
     made = []
     for number in range(count):
-        one = jax.tree.map(lambda leaf: _layer(leaf, number), stacked, is_leaf=is_apart)
-        x, out = period(x, one)
+        x, out = period(x, _layer(stacked, number))
         made.append(out)
     return x, jax.tree.map(lambda *layers: Apart(layers), *made)
 
 
-def _layer(leaf: Any, number: int) -> Any:
-    return leaf.layers[number] if is_apart(leaf) else leaf[number]
+def _layer(stacked: Any, number: int) -> Any:
+    return jax.tree.map(
+        lambda leaf: leaf.layers[number] if is_apart(leaf) else leaf[number],
+        stacked,
+        is_leaf=is_apart,
+    )
 
 
 def layer_shapes(cfg: ModelConfig) -> tuple[LayerShape, ...]:

@@ -15,7 +15,7 @@ from jaxlora.core import axes
 from jaxlora.models.block import Block
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.head import HeadTransform, classifier_head, language_head, pool
-from jaxlora.models.layers import LayerCache, Linear, Norm
+from jaxlora.models.layers import Linear, Norm
 from jaxlora.models.moe import Spread, in_place
 from jaxlora.models.parameters import ParamSpec, declare
 from jaxlora.models.stacks import Apart, AttentionInputs, Stack, each_layer, make_stacks

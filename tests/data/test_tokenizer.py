@@ -1,9 +1,15 @@
+import json
+import subprocess
+import sys
+
 import pytest
+from transformers import AutoTokenizer
 
 from jaxlora.core.errors import UserError
 from jaxlora.data.templates import NAMED_TEMPLATES
 from jaxlora.data.tokenizer import (
     Encoder,
+    _is_generic,
     load_tokenizer,
     pad_id,
     template_text,
@@ -121,3 +127,25 @@ def test_pad_id_falls_back_to_the_end_token(tokenizer):
     assert pad_id(other) == 0
     other.pad_token = None
     assert pad_id(other) == 2
+
+
+@pytest.mark.parametrize("model", [None, "llama", "qwen2"])
+def test_the_short_way_to_a_tokenizer_leads_to_the_same(model, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    if model is not None:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model}))
+    assert _is_generic(tmp_path) == (model != "qwen2")  # whose class overrules the file
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert type(ours) is type(theirs)
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert ours.init_kwargs == theirs.init_kwargs
+    assert ours.chat_template == theirs.chat_template
+
+
+def test_a_generic_tokenizer_loads_without_torch():
+    program = (
+        "import sys; from jaxlora.data.tokenizer import load_tokenizer; import jaxlora;"
+        "load_tokenizer(jaxlora.__path__[0] + '/assets/tiny-llama');"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
