@@ -31,26 +31,9 @@ def estimate(program: Program, *, topology: str, hardware: Hardware) -> tuple[Es
       hardware: one of them.
     """
     started = time.monotonic()
-    lowered = program.lower()
-    text, peak, host = "", 0, 0
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        temporaries, code, unaliased, arguments = _wanted(error), 0, 0, 0
-    else:
-        text = compiled.as_text()
-        stats = compiled.memory_analysis()
-        temporaries, code = stats.temp_size_in_bytes, stats.generated_code_size_in_bytes
-        unaliased = stats.output_size_in_bytes - stats.alias_size_in_bytes
-        arguments = stats.argument_size_in_bytes
-        peak, host = stats.peak_memory_in_bytes, stats.host_temp_size_in_bytes
-    seconds = time.monotonic() - started
-    module = Module(text)
-    temporaries += max(unaliased, 0)
-    memory = _memory(program, temporaries, code, module)
-    known = memory.weights + memory.trained + memory.optimizer + memory.batch
-    padding = max(arguments - known + bytes_per_device(program.initial), 0)
-    memory = dataclasses.replace(memory, padding=padding)
+    found = _account(program, hardware.platform)
+    module = Module(found.text)
+    memory = _memory(program, found, module)
     return describe(
         program,
         topology=topology,
@@ -61,10 +44,11 @@ def estimate(program: Program, *, topology: str, hardware: Hardware) -> tuple[Es
             Traffic(c.kind, c.array.dtype, c.times, c.payload_bytes, c.sent_bytes)
             for c in module.collectives()
         ),
-        compile_s=seconds,
-        peak_bytes=peak,
-        host_bytes=host,
-    ), text
+        compile_s=found.finished - started,
+        peak_bytes=found.peak,
+        listed_bytes=found.listed - found.temporaries + memory.total,
+        host_bytes=found.host,
+    ), found.text
 
 
 def needed_bytes(program: Program) -> int | None:
@@ -72,29 +56,86 @@ def needed_bytes(program: Program) -> int | None:
 
     None where there was not enough memory to compile it, and the compiler does not say for what.
     """
-    known = bytes_per_device((program.trainable, program.opt_state, program.frozen, program.batch))
-    kept = bytes_per_device(program.initial)
     try:
-        stats = program.lower().compile().memory_analysis()
+        found = _account(program, program.shape.placement.mesh.devices.flat[0].platform)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return known + kept + _wanted(error) if _WANTED.search(str(error)) else None
-    unaliased = max(stats.output_size_in_bytes - stats.alias_size_in_bytes, 0)
-    temporaries = stats.temp_size_in_bytes + stats.generated_code_size_in_bytes
-    return max(stats.argument_size_in_bytes, known) + kept + temporaries + unaliased
+        return None
+    return _memory(program, found, Module("")).total
+
+
+@dataclasses.dataclass(frozen=True)
+class _Account:
+    """What a compiler says of a step, in bytes of one device.
+
+    Attributes:
+      text: the program; nothing if it was refused for want of memory.
+      finished: when it was known, by `time.monotonic`.
+      arguments: of the step, as they lie.
+      temporaries: what must be there beside them, outputs that are not donated included.
+      listed: that, were all temporaries there at once.
+      code: the program.
+      peak: the compiler's own figure of all of it; 0 where it has none.
+      host: what it keeps in the memory of the host.
+    """
+
+    text: str
+    finished: float
+    arguments: int
+    temporaries: int
+    listed: int
+    code: int = 0
+    peak: int = 0
+    host: int = 0
+
+
+def _account(program: Program, platform: str) -> _Account:
+    lowered = program.lower()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        wanted, held = _wanted(error), _held(program)
+        on_tpu = platform == "tpu"  # its compiler says what it wants with the arguments
+        temporaries = max(wanted - held, 0) if on_tpu else wanted
+        peak = wanted if on_tpu else 0
+        return _Account("", time.monotonic(), held, temporaries, temporaries, peak=peak)
+    text, stats = compiled.as_text(), compiled.memory_analysis()
+    arguments, peak = stats.argument_size_in_bytes, stats.peak_memory_in_bytes
+    unaliased = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    listed = stats.temp_size_in_bytes + max(unaliased, 0)
+    # What libtpu holds against the memory of a chip is the moment of the peak: the sum it lists has
+    # temporaries in it that share a place (docs/decisions.md).
+    at_once = min(listed, max(peak - arguments, 0)) if platform == "tpu" else listed
+    return _Account(
+        text,
+        time.monotonic(),
+        arguments,
+        at_once,
+        listed,
+        stats.generated_code_size_in_bytes,
+        peak,
+        stats.host_temp_size_in_bytes,
+    )
+
+
+def _held(program: Program) -> int:
+    """Bytes of the arguments of the step."""
+    own = (program.frozen, program.trainable, program.opt_state, program.batch)
+    return bytes_per_device(own)
 
 
 def _wanted(error: Exception) -> int:
-    """What the compiler wanted for temporaries; other errors are no answer."""
+    """What the compiler wanted, on a TPU with the arguments, elsewhere for temporaries; other
+    errors are no answer."""
     found = _WANTED.search(str(error))
     if "RESOURCE_EXHAUSTED" not in str(error) or not found:
         raise error
     return int(float(found[1]) * _UNITS[found[2]])
 
 
-def _memory(program: Program, temporaries: int, code: int, module: Module) -> Memory:
-    trained = bytes_per_device(program.trainable)
+def _memory(program: Program, found: _Account, module: Module) -> Memory:
+    trained, temporaries = bytes_per_device(program.trainable), found.temporaries
     activations = min(int(module.saved_for_backward()), temporaries)
     gradients = min(trained, temporaries - activations)
     return Memory(
@@ -105,7 +146,8 @@ def _memory(program: Program, temporaries: int, code: int, module: Module) -> Me
         activations=activations,
         gradients=gradients,
         workspace=temporaries - activations - gradients,
-        program=code,
+        program=found.code,
+        padding=max(found.arguments - _held(program), 0),
     )
 
 

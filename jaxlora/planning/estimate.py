@@ -114,6 +114,8 @@ class Estimate:
       remat: what the backward pass recomputes.
       base: how the frozen weights are stored.
       peak_bytes: the compiler's own figure of the peak, where it has one.
+      listed_bytes: `memory.total`, were all temporaries that the compiler lists there at once; 0
+        where it lists none.
       host_bytes: what the step keeps in the host's memory for the device (`remat: offload`).
       weight_passes: how often a micro-batch reads the weights.
       remat_choice: what `remat: auto` took and why, if it was asked.
@@ -138,6 +140,7 @@ class Estimate:
     remat: str
     base: str
     peak_bytes: int = 0
+    listed_bytes: int = 0
     host_bytes: int = 0
     weight_passes: int = 3
     wasted_flops: float = 0.0

@@ -85,6 +85,8 @@ def _memory(made: Estimate) -> str:
             words = words.format(base=made.base, remat=made.remat)
             lines.append(f"  {words:<32}{size(count):>12}  {bar}".rstrip())
     lines.append(f"  {'total':<32}{size(made.memory.total):>12}")
+    if made.listed_bytes > made.memory.total:
+        lines.append(f"  {'were all temporaries there at once':<32}{size(made.listed_bytes):>10}")
     if made.host_bytes:
         lines.append(f"  {'and in the memory of the host':<32}{size(made.host_bytes):>12}")
     return "\n".join(lines)

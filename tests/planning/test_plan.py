@@ -15,7 +15,7 @@ from jaxlora.cli import main
 from jaxlora.config.load import load_config
 from jaxlora.core.errors import UserError
 from jaxlora.ops.layout import MESH_AXES
-from jaxlora.planning import formula
+from jaxlora.planning import compiled, formula
 from jaxlora.planning.advice import changes
 from jaxlora.planning.estimate import Estimate, Memory
 from jaxlora.planning.flops import flops_per_token
@@ -45,6 +45,36 @@ def test_a_plan_adds_up_what_the_compiler_says(here):
     cfg = program.shape.cfg
     assert here.memory.activations == cfg.num_layers * 2 * 64 * cfg.embed_dim * 4
     assert here.memory.gradients == here.memory.trained
+
+
+def test_on_a_tpu_the_moment_of_the_peak_must_fit():
+    program = make_program(load_config(INT4), jax.devices())
+    known = {"topology": "v5e:1x1", "hardware": HARDWARE["v5e"]}
+    made, _ = compiled.estimate(program, **known)
+    stats = program.lower().compile().memory_analysis()
+    assert made.memory.total - made.memory.program == stats.peak_memory_in_bytes == made.peak_bytes
+    listed = stats.argument_size_in_bytes + stats.temp_size_in_bytes
+    listed += stats.output_size_in_bytes - stats.alias_size_in_bytes
+    assert made.listed_bytes - made.memory.program == listed
+    assert made.peak_bytes < listed
+
+
+def test_what_a_tpu_s_compiler_refuses_counts_the_arguments_too():
+    class Refused:
+        def lower(self, *_):
+            return self
+
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(
+                "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+                "temporaries (17.85G) exceeds available HBM (15.75G)."
+            )
+
+    program = dataclasses.replace(make_program(load_config(INT4), jax.devices()), step=Refused())
+    known = {"topology": "v5e:1x1", "hardware": HARDWARE["v5e"]}
+    made, text = compiled.estimate(program, **known)
+    assert (made.fits, text) == (False, "")
+    assert made.memory.total == made.peak_bytes == int(17.85 * 2**30)
 
 
 def test_donated_state_is_not_there_twice(here):
