@@ -13,7 +13,14 @@ from jaxlora.checkpoints.load import read_model_config
 
 PROGRAM = "import json, sys, jaxlora; jaxlora.train(json.loads(sys.argv[1]), quiet=True)"
 NEW = {"tokens": [" cat", "<later>"], "special_tokens": {"pad_token": "<fill>"}}
-CASES = ("rows, tensor", "whole, fsdp", "whole, old size, tensor", "linear, fsdp", "linear, tensor")
+CASES = (
+    "rows, tensor",
+    "whole, fsdp",
+    "whole, old size, tensor",
+    "linear, fsdp",
+    "linear, tensor",
+    "linear, context",
+)
 WHOLE = {"lora_modules_to_save": ["embed_tokens", "lm_head", "model.norm"]}
 # A whole stack, one layer of another, all norms of the layers.
 LINEAR = {
@@ -41,10 +48,11 @@ def test_what_trains_on_two_devices_is_that_of_one(case, base, keys, run, metric
     changes = (
         ({} if "old" in case or kind == "linear" else NEW)
         | train
-        | {"max_steps": 3, "learning_rate": 1e-3}
+        | {"max_steps": 3, "learning_rate": 1e-3, "val_set_size": 4, "eval_steps": 2}
     )
     run("one", **changes)
-    axis, replicas = ("fsdp", 2) if "fsdp" in case else ("tensor", 1)
+    axis = case.rpartition(", ")[2]
+    replicas = 2 if axis == "fsdp" else 1
     on_two = {"mesh": {"fsdp": 1, axis: 2}, "micro_batch_size": 4 // replicas}
     train_on_two({**keys, **changes, **on_two, "output_dir": str(tmp_path / "two")})
     check_two(tmp_path, metrics_of)
@@ -76,9 +84,10 @@ def test_a_classifier_on_two_devices_is_that_of_one(
 
 def check_two(tmp_path, metrics_of):
     one, two = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
-    losses = [[r["loss"] for r in records if "loss" in r] for records in (one, two)]
-    assert len(losses[0]) == 3
-    np.testing.assert_allclose(*losses, rtol=1e-5)  # float32, sums in another order
+    for key, count in (("loss", 3), ("eval_loss", 1)):
+        losses = [[r[key] for r in records if key in r] for records in (one, two)]
+        assert len(losses[0]) >= count
+        np.testing.assert_allclose(*losses, rtol=1e-5)  # float32, sums in another order
     one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
     assert one.keys() == two.keys()
     for key, values in one.items():
