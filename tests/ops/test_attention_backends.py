@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from attention_cases import T, inputs, value_and_gradients, visible
 
-from jaxlora.ops import attention_cudnn
+from jaxlora.ops import attention_cudnn, attention_splash
 from jaxlora.ops.attention import Visibility, for_each_window, reference_attention
 from jaxlora.ops.attention_chunked import chunked_attention
 from jaxlora.ops.attention_splash import SplashAttention
@@ -92,6 +92,27 @@ def test_splash_equals_the_reference_with_softcap_scale_and_narrow_values():
     arrays = inputs(heads=2, kv_heads=1, value_dim=4)
     options = {"softcap": 2.0, "scale": 0.7}
     assert_equal(SplashAttention(interpret=True), visible(), arrays, atol=2e-5, **options)
+
+
+@pytest.mark.parametrize(
+    ("causal", "window"), [(True, None), (True, 40), (True, 33), (False, 20), (False, None)]
+)
+def test_blocks_that_one_number_describes_are_those_of_the_whole_mask(causal, window):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as info
+
+    length, block = 128, (16, 16)
+    ours = attention_splash.mask(length, causal, window)
+    distance = np.arange(length)[:, None] - np.arange(length)
+    seen = np.abs(distance) < (window or length)
+    plain = masks.NumpyMask(seen & ((distance >= 0) | (not causal)))
+    for process in (info.process_mask, info.process_mask_dkv):
+        got, function = process(masks.MultiHeadMask([ours] * 2), block)
+        wanted, _ = process(masks.MultiHeadMask([plain] * 2), block)
+        np.testing.assert_array_equal(got.block_mask, wanted.block_mask)
+        np.testing.assert_array_equal(got.data_next, wanted.data_next)
+        whole = plain.array if function is None else function(*np.ogrid[:length, :length])
+        np.testing.assert_array_equal(whole, plain.array)
 
 
 def test_a_window_that_holds_the_row_is_none():
