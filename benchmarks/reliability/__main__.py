@@ -1,7 +1,8 @@
 """Kills, signals, damage, full disks and standstills, many of each (`make reliability`).
 
-python benchmarks/reliability           everything; writes the result and docs/reliability.md
-python benchmarks/reliability --slice   a few of each, as the tests run them; writes nothing
+python benchmarks/reliability                  everything; writes the result and docs/reliability.md
+python benchmarks/reliability --only signals   one kind; its rows of the last result are replaced
+python benchmarks/reliability --slice          a few of each, as the tests run them; writes nothing
 """
 
 import argparse
@@ -15,13 +16,21 @@ from damage import damage_checkpoints
 from disk import estimate_sizes, fill_disk, use_folders
 from kills import kill_runs, kill_store
 from outcome import Outcome, Progress
-from page import write_page, write_results
+from page import replace_rows, write_page, write_results
 from signalled import signal_runs
 from standstill import leave_the_finite, stand_still
 from subject import Subject
 
 SLICE = {"runs": 4, "store": 8, "damage": 40, "signals": 0, "disk": 3, "folders": 3, "nan": 1}
-WHOLE = {"runs": 50, "store": 200, "damage": 400, "signals": 5, "disk": 20, "folders": 20, "nan": 8}
+WHOLE = {
+    "runs": 50,
+    "store": 200,
+    "damage": 400,
+    "signals": 50,
+    "disk": 20,
+    "folders": 20,
+    "nan": 8,
+}
 
 
 def main() -> int:
@@ -31,7 +40,7 @@ def main() -> int:
     )
     parser.add_argument("--slice", action="store_true", help="a few of each; write nothing")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=WHOLE, help="one kind of trial; write nothing")
+    parser.add_argument("--only", choices=WHOLE, help="one kind of trial")
     options = parser.parse_args()
     counts = SLICE if options.slice else WHOLE
     if options.only:
@@ -49,11 +58,18 @@ def main() -> int:
             for failure in outcome.failures:
                 print(f"    {failure}")
         starts = subject.starts
-    if not (options.slice or options.only):
-        seconds = time.monotonic() - started
-        path = write_results(
-            outcomes, seed=options.seed, starts=starts, seconds=seconds, command="make reliability"
-        )
+    if not options.slice:
+        about = {
+            "seed": options.seed,
+            "starts": starts,
+            "seconds": time.monotonic() - started,
+            "command": "make reliability",
+        }
+        if options.only:
+            about["command"] = f"python benchmarks/reliability --only {options.only}"
+            path = replace_rows(outcomes, **about)
+        else:
+            path = write_results(outcomes, **about)
         write_page(path)
         say(f"written: {path}, docs/reliability.md")
     return 0 if all(outcome.held or not outcome.trials for outcome in outcomes) else 1

@@ -18,12 +18,20 @@ PHASES = (
 )
 
 
-def signal_runs(subject: Subject, chains: int, say: Progress) -> Outcome:
-    """Stops each run five times in named phases, continues it, and compares the end."""
+def signal_runs(subject: Subject, count: int, say: Progress) -> Outcome:
+    """Stops runs five times each in named phases, continues them, and compares their ends.
+
+    Args:
+      subject: the run.
+      count: signals that are sent, at least.
+      say: prints.
+    """
     failures: list[str] = []
     sent: collections.Counter[str] = collections.Counter()
     waits = []
-    for chain in range(chains):
+    for chain in range(count):
+        if sum(sent.values()) >= count:
+            break
         folder = subject.root / f"stopped-{chain}"
         for phase in PHASES[chain % len(PHASES)]:
             number = subject.rng.choice(list(CODES))
@@ -41,7 +49,7 @@ def signal_runs(subject: Subject, chains: int, say: Progress) -> Outcome:
         ended = subject.start(folder)
         found = subject.check(folder, finished=True) if ended.status == 0 else [ended.output[-300:]]
         failures += [f"run {chain}: {each}" for each in found]
-        say(f"signals: run {chain + 1} of {chains}, {sum(sent.values())} sent, {len(failures)} bad")
+        say(f"signals: run {chain + 1}, {sum(sent.values())} of {count} sent, {len(failures)} bad")
     trials = sum(sent.values())
     where = ", ".join(f"{count} in {phase}" for phase, count in sent.most_common())
     slowest = f"longest from signal to end {max(waits, default=0):.1f} s"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import loopback
@@ -99,30 +100,46 @@ def test_two_processes_are_one(run, keys, metrics_of, tmp_path, cache):
         run("other", **RUN | {"batch_size": 8}, resume_from_checkpoint=there)
 
 
-def check_continued(tmp_path, metrics_of, name, before):
-    """A run that changed its devices after `before` steps is the one that did not."""
-    whole, parts = (losses_of(metrics_of(tmp_path / each)) for each in ("one", name))
-    np.testing.assert_allclose(parts, whole[-len(parts) :], rtol=0, atol=TOLERANCE)
-    assert len(whole) - len(parts) in (0, before)
+def runs_of(folder, keys, cache, count, devices, *runs):
+    """What `topology_runs.py` prints of these runs, in so many processes of so many devices."""
+    program, file = str(Path(__file__).with_name("topology_runs.py")), folder / "keys.json"
+    file.write_text(json.dumps(keys))
+    where = [str(file), str(folder), "{coordinator}", str(count)]
+    commands = [[program, *where, str(i), *runs] for i in range(count)]
+    done = loopback.run(commands, devices=[devices] * count, env=cache)
+    assert [each.returncode for each in done] == [0] * count, done[0].stderr[-3000:]
+    lines = [line for line in done[0].stdout.splitlines() if line.startswith("{")]
+    return {name: found for line in lines for name, found in json.loads(line).items()}
 
 
 @pytest.mark.reliability
-@pytest.mark.parametrize("before", [1, 2, 4, 8])
-def test_a_run_continues_on_other_devices(run, keys, metrics_of, tmp_path, cache, before):
-    """n to m devices, and processes of up to two devices each, m in {1, 2, 4, 8}."""
+def test_a_run_continues_on_other_devices_and_processes(keys, tmp_path, cache):
+    """n to m devices, n and m in {1, 2, 4, 8}, and 1, 2 and 4 processes from each other."""
     keys = {**keys, **RUN, "batch_size": 8, "micro_batch_size": 1, "max_steps": 4}
-    run("one", **keys)
-    split = {"mesh": {"fsdp": min(before, 4), "data": max(before // 4, 1)}}
-    first = {**keys, **split, "output_dir": str(tmp_path / "first")}
-    (done,) = start(tmp_path / "first-run", first, 1, before, env=cache)
-    assert done.returncode == 0, done.stderr[-2000:]
-    there = str(tmp_path / "first" / "checkpoints" / "checkpoint-2")
-    for devices, processes in ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4), (2, 4)):
-        name = f"{processes}x{devices}"
-        second = {**keys, "output_dir": str(tmp_path / name), "resume_from_checkpoint": there}
-        done = start(tmp_path / f"{name}-run", second, processes, devices, env=cache)
-        assert [each.returncode for each in done] == [0] * processes, done[0].stderr[-2000:]
-        check_continued(tmp_path, metrics_of, name, 2)
+    cache = {**cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    sizes = (1, 2, 4, 8)
+    pairs = [f"{n}-{m}:{m}:{n}" for n in sizes for m in sizes]
+
+    def run(count, devices, *runs):
+        return runs_of(tmp_path, keys, cache, count, devices, *runs)
+
+    # Names of runs of several processes say how many of how many devices: 2x2.
+    found = run(1, 8, *(f"{n}:{n}" for n in sizes), *pairs)
+    found |= run(2, 2, "2x2:4", "1-2x2:4:1", "8-2x2:4:8", "2x2-2x2:4:2x2")
+    found |= run(4, 2, "4x2:8", "1-4x2:8:1", "4-4x2:8:4", "2x2-4x2:8:2x2", "4x2-4x2:8:4x2")
+    found |= run(2, 2, "4x2-2x2:4:4x2")
+    found |= run(1, 8, "2x2-1:1:2x2", "2x2-8:8:2x2", "4x2-1:1:4x2", "4x2-2:2:4x2")
+    assert len(found) == 4 + 16 + 4 + 5 + 1 + 4
+    alone = found["1"]
+    for name, run_ in found.items():
+        first, _, _ = name.partition("-")
+        if "-" in name:
+            assert run_["restored"] == found[first]["saved"]["2"], (name, "other bits")
+        assert run_["data"] == {s: alone["data"][s] for s in run_["data"]}, (name, "other rows")
+        assert list(run_["losses"]) == (["3", "4"] if "-" in name else ["1", "2", "3", "4"])
+        for step, loss in run_["losses"].items():
+            assert abs(loss - alone["losses"][step]) <= TOLERANCE, (name, step)
+    assert len({run_["saved"]["2"] for run_ in found.values() if "2" in run_["saved"]}) > 1
 
 
 @pytest.mark.oracle
