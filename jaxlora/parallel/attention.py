@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxlora.core import axes
 from jaxlora.ops.attention import Attend
 from jaxlora.ops.layout import RULES, partition, ways
-from jaxlora.parallel.head_shares import HeadShares, share_out, shares_over_context
+from jaxlora.parallel.head_shares import HeadShares, shares_over_context
 from jaxlora.parallel.rules import Placement
 
 (_CONTEXT,) = RULES[axes.SEQUENCE]
@@ -38,7 +38,7 @@ def on_each_device(attend: Attend, placement: Placement) -> Attend:
         split = (axes.BATCH, axes.SEQUENCE, axes.HEADS, None)
         rows, tokens, heads, _ = partition(mesh, split, q.shape)
         if heads is not None:
-            over_tensor = share_out(num_heads, num_kv_heads, ways(mesh, axes.HEADS))
+            over_tensor = HeadShares(num_heads, num_kv_heads, ways(mesh, axes.HEADS))
             k, v = (over_tensor.of_keys(x, axis=_HEADS) for x in (k, v))
         shares = shares_over_context(mesh, num_heads, num_kv_heads) if tokens else None
         gathers = tokens is not None and shares is None

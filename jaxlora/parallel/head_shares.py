@@ -13,24 +13,43 @@ from jaxlora.ops.layout import ways
 
 @dataclasses.dataclass(frozen=True)
 class HeadShares:
-    """Heads shared out over devices, to each the key-value heads that its queries read.
+    """Heads shared out over devices, neighbours to one, with the key-value heads that they read.
 
     Attributes:
-      num_heads: query heads that are shared out.
+      num_heads, num_kv_heads: what is shared out.
       parts: how many devices.
-      heads: query heads of each; the last devices' may be zeros that fill their shares up.
-      copies: how often a key-value head is there, as queries of several devices read it.
+
+    >>> shares = HeadShares(32, 8, 16)  # two query heads for each, and a copy of the one they read
+    >>> shares.heads, shares.kv_heads, shares.copies
+    (2, 1, 2)
+    >>> HeadShares(14, 2, 4).filled
+    16
     """
 
     num_heads: int
+    num_kv_heads: int
     parts: int
-    heads: int
-    copies: int
+
+    @property
+    def heads(self) -> int:
+        """Query heads of a device; the last devices' may be zeros that fill their shares up."""
+        return -(-self.num_heads // self.parts)
 
     @property
     def filled(self) -> int:
         """Query heads of all devices, zeros among them."""
         return self.parts * self.heads
+
+    @property
+    def copies(self) -> int:
+        """How often a key-value head is there, as queries of several devices read it."""
+        group = self.num_heads // self.num_kv_heads
+        return group // math.gcd(group, self.heads)
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads of a device."""
+        return self.heads * self.num_kv_heads * self.copies // self.num_heads
 
     def of_queries(self, x: jax.Array, *, axis: int) -> jax.Array:
         """Returns `x` with `filled` heads along an axis."""
@@ -40,19 +59,7 @@ class HeadShares:
         """Returns keys or values with their copies, and zeros for the zeros of the queries."""
         if self.copies > 1:
             x = jnp.repeat(x, self.copies, axis=axis)
-        return _filled(x, axis, self.filled * x.shape[axis] // self.num_heads)
-
-
-def share_out(num_heads: int, num_kv_heads: int, parts: int) -> HeadShares:
-    """Returns how heads are shared out over `parts` devices, neighbours to one device.
-
-    >>> share_out(32, 8, 16)  # two query heads for each, and a copy of the one that they read
-    HeadShares(num_heads=32, parts=16, heads=2, copies=2)
-    >>> share_out(14, 2, 4).filled
-    16
-    """
-    heads, group = -(-num_heads // parts), num_heads // num_kv_heads
-    return HeadShares(num_heads, parts, heads, copies=group // math.gcd(group, heads))
+        return _filled(x, axis, self.parts * self.kv_heads)
 
 
 def shares_over_context(mesh: Any, num_heads: int, num_kv_heads: int) -> HeadShares | None:
@@ -63,10 +70,10 @@ def shares_over_context(mesh: Any, num_heads: int, num_kv_heads: int) -> HeadSha
     """
     split = ways(mesh, axes.HEADS)
     if num_heads % split == 0:
-        num_kv_heads *= share_out(num_heads, num_kv_heads, split).copies
-        num_heads, num_kv_heads = num_heads // split, num_kv_heads // split
-    parts = ways(mesh, axes.SEQUENCE)
-    return share_out(num_heads, num_kv_heads, parts) if parts <= 2 * num_heads else None
+        over_tensor = HeadShares(num_heads, num_kv_heads, split)
+        num_heads, num_kv_heads = over_tensor.heads, over_tensor.kv_heads
+    shares = HeadShares(num_heads, num_kv_heads, ways(mesh, axes.SEQUENCE))
+    return shares if shares.parts <= 2 * num_heads else None
 
 
 def _filled(x: jax.Array, axis: int, size: int) -> jax.Array:

@@ -10,6 +10,7 @@ import jax
 
 from jaxlora.ops.arrays import QuantizedArray
 from jaxlora.ops.loss import tokens_per_chunk
+from jaxlora.parallel.head_shares import shares_over_context
 from jaxlora.planning.compiled import describe
 from jaxlora.planning.estimate import Estimate, Memory, Traffic, bytes_per_device
 from jaxlora.planning.hardware import Hardware
@@ -118,14 +119,13 @@ def _head(program: Program) -> float:
 
 
 def _traffic(program: Program) -> tuple[Traffic, ...]:
-    """Gathers of sharded weights for each pass, and sums of gradients."""
+    """Gathers of sharded weights for each pass, heads over `context`, and sums of gradients."""
     mesh = program.shape.placement.mesh
     fsdp, replicas = mesh.shape["fsdp"], mesh.size // mesh.shape["tensor"]
-    found = []
+    passes = 2 + (program.shape.transformer.remat != "none")
+    passes *= program.batch["tokens"].shape[0]
+    found = _over_context(program, passes) if mesh.shape["context"] > 1 else []
     if fsdp > 1:
-        passes = (2 + (program.shape.transformer.remat != "none")) * program.batch["tokens"].shape[
-            0
-        ]
         by_dtype: dict[str, float] = {}
         for leaf in _whole_leaves(program.frozen):
             values = leaf.values if isinstance(leaf, QuantizedArray) else leaf
@@ -140,6 +140,23 @@ def _traffic(program: Program) -> tuple[Traffic, ...]:
         sent = 2 * gradients * (replicas - 1) / replicas
         found.append(Traffic("all-reduce", "f32", 1, gradients, sent))
     return tuple(found)
+
+
+def _over_context(program: Program, passes: int) -> list[Traffic]:
+    """Queries, keys, values and results exchanged, or keys and values gathered, in every pass."""
+    cfg, mesh = program.shape.cfg, program.shape.placement.mesh
+    tokens, number, _, _ = _sizes(program)
+    parts, passes = mesh.shape["context"], passes * cfg.num_layers
+    shares = shares_over_context(mesh, cfg.num_heads, cfg.num_kv_heads)
+    # Of each head a key (or query) and a value (or result) go to one device for a whole row.
+    head = float(number * parts * tokens * (cfg.head_dim + cfg.value_dim))
+    if shares is None:
+        kind, heads, times = "all-gather", cfg.num_kv_heads, 2 * passes
+    else:
+        kind, heads, times = "all-to-all", shares.heads + shares.kv_heads, 4 * passes
+    payload = passes * heads * head
+    name = {2: "bf16", 4: "f32"}[number]
+    return [Traffic(kind, name, times, payload, payload * (parts - 1) / parts)]
 
 
 def _whole_leaves(tree: Any) -> list[Any]:

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from jaxlora.ops.layout import MESH_AXES
-from jaxlora.parallel.head_shares import share_out, shares_over_context
+from jaxlora.parallel.head_shares import HeadShares, shares_over_context
 
 # Sums of 32 products of float32 numbers near 1, in another order.
 TOLERANCE = 1e-5
@@ -92,10 +92,10 @@ def test_attention_over_context_equals_one_device_in_other_layouts():
     ],
 )
 def test_every_device_has_the_key_value_heads_of_its_queries(heads, kv_heads, parts, each, copies):
-    shares = share_out(heads, kv_heads, parts)
+    shares = HeadShares(heads, kv_heads, parts)
     assert (shares.heads, shares.copies) == (each, copies)
     group = heads // kv_heads // copies
-    assert shares.heads % group == 0
+    assert (shares.heads % group, shares.kv_heads) == (0, shares.heads // group)
     for head in range(heads):  # the place of its key-value head, as copies lie, and on its device
         device, within = divmod(head, shares.heads)
         assert device * shares.heads // group + within // group == head // group

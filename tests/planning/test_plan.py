@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from test_leaves import KEYS, QLORA
 
 from jaxlora.cli import main
@@ -20,6 +20,7 @@ from jaxlora.planning.advice import changes
 from jaxlora.planning.estimate import Estimate, Memory
 from jaxlora.planning.flops import flops_per_token
 from jaxlora.planning.hardware import HARDWARE, usable_bytes
+from jaxlora.planning.leaves import note
 from jaxlora.planning.plan import plan, write_program
 from jaxlora.planning.program import make_program
 from jaxlora.planning.report import _plural
@@ -214,6 +215,25 @@ def test_arithmetic_for_nothing_over_context_is_counted():
     assert over(4, 6).wasted == scores(2)  # two heads of zeros
     assert over(13, 6).wasted == scores(6)  # gathered: every score, half of them for nothing
     assert over(4, 6).executed - over(1, 6).executed == scores(2)
+
+
+def test_heads_over_context_are_in_a_formula_as_in_a_program():
+    """What `test_context.py` reads of a compiled one: 16 and 4 heads over 8 devices."""
+    program = make_program(load_config(INT4), jax.devices())
+    cfg = dataclasses.replace(program.shape.cfg, num_heads=16, num_kv_heads=4)
+    mesh = AbstractMesh((1, 1, 1, 8, 1), MESH_AXES)
+    placement: Any = SimpleNamespace(mesh=mesh)
+    tokens = program.batch["tokens"]
+    batch = {"tokens": note(tokens, NamedSharding(mesh, PartitionSpec(None, None, "context")))}
+    shape = dataclasses.replace(program.shape, cfg=cfg, placement=placement)
+    program = dataclasses.replace(program, shape=shape, batch=batch)
+    made = formula.estimate(program, topology="", hardware=HARDWARE["v5e"])
+    (sent,) = (each for each in made.traffic if each.kind == "all-to-all")
+    assert (sent.dtype, sent.times) == ("f32", 3 * 4 * cfg.num_layers)
+    # Two query heads and a key-value head, twice (results and values), in three passes.
+    heads = 3 * 2 * (2 + 1) * cfg.head_dim * 4
+    assert sent.payload_bytes == cfg.num_layers * tokens.size * heads
+    assert sent.sent_bytes == sent.payload_bytes * 7 / 8
 
 
 def test_changes_make_room_the_cheapest_first():
