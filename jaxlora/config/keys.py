@@ -50,7 +50,7 @@ _NO_OP = {
         qlora_sharded_model_loading""",
     "how the base is stored is read from its files": "gptq gptq_groupsize gptq_model_v1",
     "the layout of the weights is known": "lora_fan_in_fan_out",
-    "adapters and optimizer states are always float32": """peft_autocast_adapter_dtype
+    "adapters are always trained in float32": """peft_autocast_adapter_dtype
         embeddings_skip_upcast""",
     "norms are always computed in float32": "fp32_norms fp32_norm_classes",
     "use `jaxlora merge` after training": "merge_lora merge_method",

@@ -286,6 +286,10 @@ def _training(config: Config) -> Iterator[Problem]:
         known = ", ".join(derived.OPTIMIZERS)
         near = did_you_mean(config.optimizer, derived.OPTIMIZERS)
         yield Problem(("optimizer",), f"{config.optimizer} is not available; known: {known}.{near}")
+    optimizer = derived.canonical_optimizer(config.optimizer)
+    if config.mu_dtype != "float32" and optimizer not in (None, "adamw", "lion", "muon"):
+        text = f"{config.mu_dtype} is for adamw, lion and muon, not for {optimizer}"
+        yield Problem(("mu_dtype",), text, ("optimizer",))
     checkpoints = config.gradient_checkpointing
     given = "gradient_checkpointing" in config.model_fields_set
     if given and config.remat is not None and bool(checkpoints) == (config.remat == "none"):

@@ -70,6 +70,9 @@ class TrainingKeys(Section):
     """Decay of the gradient's square."""
     adam_epsilon: Positive = 1e-8
     """Added to the root of the square."""
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"
+    """(jaxlora) Dtype in which adamw, lion and muon keep the mean of the gradient between steps:
+    6 bytes a trained number instead of 8 with adamw."""
     max_grad_norm: NotNegative = 1.0
     """Longer gradients are clipped to this norm; 0: never."""
     gradient_checkpointing: Flag | Literal["full", "offload", "offload_disk"] = False

@@ -89,6 +89,7 @@ def identity(plan: Plan) -> dict[str, Any]:
         "rows_per_step": batches.rows * batches.accumulation,
         "total_steps": plan.total_steps,
         "optimizer": derived.optimizer(config),
+        "mu_dtype": None if config.mu_dtype == "float32" else config.mu_dtype,
         "learning_rate": config.learning_rate,
         "lr_scheduler": config.lr_scheduler,
         "loraplus_lr_ratio": config.loraplus_lr_ratio,

@@ -197,6 +197,7 @@ def make_tx(
         eps=config.adam_epsilon,
         max_grad_norm=config.max_grad_norm,
         rates=_loraplus_rates(config, trainable, specs),
+        mu_dtype=config.mu_dtype,
     )
     return optimizer, schedule
 

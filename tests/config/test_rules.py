@@ -97,6 +97,8 @@ CONFLICTS = [
     ("optimizer", {"optimizer": "galore_adamw"}),
     ("remat", {"remat": "none", "gradient_checkpointing": True}),
     ("remat", {"remat": "full", "gradient_checkpointing": False}),
+    ("mu_dtype", {"mu_dtype": "bfloat16", "optimizer": "adafactor"}),
+    ("mu_dtype", {"mu_dtype": "bfloat16", "optimizer": "adamw_bnb_8bit"}),
     ("remat", {"remat": "auto", "gradient_checkpointing": False}),
     ("remat", {"remat": "full", "gradient_checkpointing": "offload"}),
     ("remat", {"remat": "none", "gradient_checkpointing": "offload"}),

@@ -112,6 +112,35 @@ def test_adamw_equals_torch_step_for_step():
             assert difference <= 1e-6, (step, name, difference)  # float32, values of order 1
 
 
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
+def test_a_mean_in_bfloat16_is_the_only_moment_that_is_rounded(name):
+    params = {"w": random(6, 4), "bias": random(5, seed=1)}
+
+    def steps(**options):
+        optimizer = make(name, params, 1e-2, **options)
+        update, state, ours = jax.jit(optimizer.update), optimizer.init(params), params
+        for seed in range(10):
+            gradient = {key: random(*x.shape, seed=seed) for key, x in params.items()}
+            updates, state = update(gradient, state, ours)
+            ours = optax.apply_updates(ours, updates)
+        return state, ours
+
+    (plain, exact), (state, rounded) = steps(), steps(mu_dtype="bfloat16")
+    dtypes = {str(x.dtype) for x in jax.tree.leaves(plain)}
+    assert dtypes == {"float32", "int32"}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        if leaf.ndim:
+            of_mean = "mu" in {getattr(key, "name", "") for key in path}
+            assert leaf.dtype == ("bfloat16" if of_mean else "float32"), path
+    assert any(x.dtype == "bfloat16" for x in jax.tree.leaves(state))
+    if name == "lion":  # only signs are applied: a rounding may turn a few of them
+        return
+    for key, values in exact.items():
+        moved = jnp.abs(values - params[key]).max()
+        error = jnp.abs(rounded[key] - values).max()
+        assert 0 < error < 0.03 * moved  # bfloat16 keeps 8 bits, and roundings do not add up
+
+
 def test_muon_orthogonalizes_each_layer_of_a_stack_by_itself():
     stack = random(3, 6, 4) * jnp.array([1e-2, 1.0, 50.0])[:, None, None]
     params, options = {"w": jnp.zeros_like(stack)}, {"max_grad_norm": None, "rate": 1.0}

@@ -27,7 +27,12 @@ CASES = {
     "full": {"optimizer": "adafactor"},
     "lora": {**LORA, "bf16": True, "peft_use_dora": True, "optimizer": "adamw_bnb_8bit"},
     "int4": {**QLORA, "quantization": "int4", "lora_modules_to_save": ["embed_tokens"]},
-    "nf4": {**QLORA, "load_in_4bit": True, "peft_trainable_token_indices": [3, 5]},
+    "nf4": {
+        **QLORA,
+        "mu_dtype": "bfloat16",
+        "load_in_4bit": True,
+        "peft_trainable_token_indices": [3, 5],
+    },
     "plain scales": {
         **QLORA,
         "quantization": "nf4",
