@@ -38,7 +38,8 @@ STATES: dict[str, list[str]] = {
 
 def both_in_bfloat16(schedule, weight_decay, betas, eps, decayed, matrices, mu_dtype):
     """AdamW whose moments are rounded to bfloat16 between steps; otherwise that of `optimizers`."""
-    adam = optax.scale_by_adam(*betas, eps, mu_dtype=jnp.bfloat16)
+    b1, b2 = betas
+    adam = optax.scale_by_adam(b1, b2, eps, mu_dtype=jnp.bfloat16)
 
     def cast(state: Any, dtype: Any) -> Any:
         return state._replace(nu=jax.tree.map(lambda x: x.astype(dtype), state.nu))
