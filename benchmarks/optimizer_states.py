@@ -75,7 +75,7 @@ def run(name: str, seed: int, steps: int) -> dict[str, Any]:
     ):
         output = Path(folder) / "run"
         keys = [f"--output_dir={output}", f"--max_steps={steps}", f"--seed={seed}"]
-        keys += ["--eval_exact_match=false", "--logging_steps=1", "--save_strategy=no"]
+        keys += ["--eval_exact_match=false", "--logging_steps=1"]
         result = loop.train(load_config(QUICKSTART, [*keys, *STATES[name]]), quiet=True)
         records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     losses = [record["loss"] for record in records if "loss" in record]

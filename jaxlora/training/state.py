@@ -183,9 +183,7 @@ def make_tx(
         schedule,
         # As in transformers: norms and biases do not decay.
         decayed={
-            "params": {
-                path: kind not in ("norm", "bias", "buffer") for path, kind in kinds.items()
-            },
+            "params": {p: kind not in ("norm", "bias", "buffer") for p, kind in kinds.items()},
             "adapter": pairs,
         },
         matrices={
