@@ -26,6 +26,7 @@ _TARGETS_OF: Mapping[str, tuple[str, ...]] = {
     "processes": ("local",),
     "topology": _ELSEWHERE,
     "nodes": ("gke", "slurm", "skypilot"),
+    "slices": ("queued-resource", "gke"),
     "name": _ELSEWHERE,
     "spot": _ELSEWHERE,
     "install": _INSTALLED,
@@ -70,6 +71,7 @@ def add_commands(commands: Any) -> None:
     add("--processes", type=int, default=1, metavar="N", help="of --on local (default 1)")
     add("--topology", help="chips: v5e:4x4, v5p:2x2x2, h100:8 (a machine's GPUs), ...")
     add("--nodes", type=int, default=1, metavar="N", help="machines with GPUs (default 1)")
+    add("--slices", type=int, default=1, metavar="N", help="TPU slices (default 1)")
     add("--name", help="of the job (default: from the configuration's name)")
     add("--spot", action="store_true", help="cheaper machines that may be taken away")
     add("--install", metavar="REQUIREMENT", help="what pip installs on the machines")
@@ -161,6 +163,7 @@ def _job(options: argparse.Namespace) -> "Job":
         options.name or default_name(options.config),
         parse(options.topology),
         nodes=options.nodes,
+        slices=options.slices,
         spot=options.spot,
         install=options.install,
         variables=tuple(options.env),

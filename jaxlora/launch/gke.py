@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jaxlora.core.errors import UserError
 from jaxlora.launch.documents import dump
 from jaxlora.launch.job import Job, check_reachable
 from jaxlora.launch.shell import PORT, install_lines, train_line
@@ -19,9 +20,15 @@ def manifest(job: Job) -> str:
     The name and value of a secret are not in it: variables come from the secret `jaxlora`.
 
     Raises:
-      UserError: a file that the machines cannot reach, results that would be lost with them.
+      UserError: a file that the machines cannot reach, results that would be lost with them,
+        slices that GKE does not join.
     """
     check_reachable(job, "gke")
+    if job.slices > 1 and job.topology.hosts == 1:
+        raise UserError(
+            f"--slices: {job.slices} of one machine each; GKE joins slices of several machines "
+            "only. Give a larger --topology, or --on queued-resource."
+        )
     files = {"run.yml": job.text, "run.sh": _worker(job)}
     config = {
         "apiVersion": "v1",
@@ -33,10 +40,12 @@ def manifest(job: Job) -> str:
 
 
 def _worker(job: Job) -> str:
-    # Pod n of the set has the number n, on TPUs too: there GKE numbers the slice's machines so.
-    peers = (
-        f"process_id=$JOB_COMPLETION_INDEX\ncoordinator={job.name}-worker-0-0.{job.name}:{PORT}\n"
-    )
+    # Pod n of a job has the number n, on TPUs too: there GKE numbers the slice's machines so. Of
+    # several slices each is a job of its own, and GKE says in its pods which.
+    number = "$JOB_COMPLETION_INDEX"
+    if job.slices > 1:
+        number = f"$((MEGASCALE_SLICE_ID * {job.topology.hosts} + JOB_COMPLETION_INDEX))"
+    peers = f"process_id={number}\ncoordinator={job.name}-worker-0-0.{job.name}:{PORT}\n"
     driver = ""
     if not job.topology.is_tpu:  # where GKE puts it
         driver = "export LD_LIBRARY_PATH=/usr/local/nvidia/lib64:${LD_LIBRARY_PATH:-}\n"
@@ -62,9 +71,10 @@ def _job_set(job: Job) -> dict[str, Any]:
         key = "cloud.google.com/gke-spot"
         spot = {"key": key, "operator": "Equal", "value": "true", "effect": "NoSchedule"}
         pod["tolerations"] = [spot]
+    machines = job.hosts // job.slices
     indexed = {
-        "parallelism": job.hosts,
-        "completions": job.hosts,
+        "parallelism": machines,
+        "completions": machines,
         "completionMode": "Indexed",
         "backoffLimit": 0,  # one machine lost is the whole set lost: the set starts again
         "template": {"spec": pod},
@@ -80,7 +90,9 @@ def _job_set(job: Job) -> dict[str, Any]:
         "metadata": metadata,
         "spec": {
             "failurePolicy": {"maxRestarts": _RESTARTS if job.spot else 3},
-            "replicatedJobs": [{"name": "worker", "replicas": 1, "template": {"spec": indexed}}],
+            "replicatedJobs": [
+                {"name": "worker", "replicas": job.slices, "template": {"spec": indexed}}
+            ],
         },
     }
 

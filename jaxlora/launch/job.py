@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from importlib import metadata
 
+from jaxlora.config import settings
 from jaxlora.config.load import DATASET_PATHS, PATHS, dump_config, load_config
 from jaxlora.config.schema import Config
 from jaxlora.core.errors import UserError
@@ -28,6 +29,7 @@ class Job:
       name: of the job and of the machines, a DNS label.
       topology: chips of one TPU slice, or of one machine with GPUs.
       nodes: machines with GPUs.
+      slices: TPU slices of that topology, joined by the data-centre network.
       spot: machines may vanish; the run is taken up again where it was.
       install: what pip installs on the machines.
       variables: names of environment variables to pass on; values are never written down.
@@ -40,6 +42,7 @@ class Job:
     name: str
     topology: Topology
     nodes: int = 1
+    slices: int = 1
     spot: bool = False
     install: str | None = None
     variables: tuple[str, ...] = ()
@@ -75,6 +78,16 @@ class Job:
                 f"--nodes: {self.nodes}; expected 1 or more machines with GPUs (a TPU topology "
                 "says its machines itself)."
             )
+        if self.slices < 1 or (self.slices > 1 and not self.topology.is_tpu):
+            raise UserError(
+                f"--slices: {self.slices}; expected 1 or more, of a TPU topology (--nodes counts "
+                "machines with GPUs)."
+            )
+        if self.slices > 1:
+            from jaxlora.parallel.mesh import check_slices  # imports JAX
+
+            sizes = settings.mesh_sizes(self.config)
+            check_slices(sizes, self.topology.chips * self.slices, self.slices)
 
     @property
     def text(self) -> str:
@@ -84,7 +97,7 @@ class Job:
     @property
     def hosts(self) -> int:
         """Machines, with one process each."""
-        return self.topology.hosts * self.nodes
+        return self.topology.hosts * self.nodes * self.slices
 
     def need(self, name: str, target: str, example: str) -> str:
         """Returns an attribute that a target cannot do without.

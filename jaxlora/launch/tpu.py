@@ -21,6 +21,16 @@ process_id=$(metadata agent-worker-number)
 first=$(metadata worker-network-endpoints | cut -d, -f1)
 coordinator=${{first##*:}}:{PORT}
 """
+# Each slice has its own machine 0; which slice this is, and where process 0 is, are in `tpu-env`,
+# lines such as MEGASCALE_SLICE_ID: '1'.
+_SLICES = f"""megascale() {{
+  metadata tpu-env | sed -n "s/^MEGASCALE_$1: *'\\{{0,1\\}}\\([^':]*\\).*/\\1/p"
+}}
+slice=$(megascale SLICE_ID)
+process_id=$((${{slice:?is not in the metadata of this machine}} * HOSTS + process_id))
+coordinator=$(megascale COORDINATOR_ADDRESS)
+coordinator=${{coordinator:?is not in the metadata of this machine}}:{PORT}
+"""
 
 
 def vm_script(job: Job) -> str:
@@ -65,14 +75,16 @@ def queued_script(job: Job) -> str:
     Raises:
       UserError: an option is missing, a file that the machines cannot reach, or a secret.
     """
-    flags = _flags(job, "queued-resource")
+    flags, node = _flags(job, "queued-resource"), job.name + ("-0" if job.slices > 1 else "")
     if job.variables:
         raise UserError(
             "--env: --on queued-resource would put values into metadata that others can read; use "
             "--on tpu-vm, or a public or copied base model."
         )
+    several = f"--node-count={job.slices} --node-prefix={job.name}"
     create = (
-        f"--node-id={job.name} --accelerator-type={job.topology.accelerator_type} "
+        f"{several if job.slices > 1 else f'--node-id={job.name}'} "
+        f"--accelerator-type={job.topology.accelerator_type} "
         f"--runtime-version={job.topology.runtime}" + (" --spot" if job.spot else "")
     )
     startup = (
@@ -102,7 +114,7 @@ fi
 "${{queue[@]}}" create {job.name} "${{where[@]}}" {create} \\
   --metadata-from-file="startup-script=$files/startup.sh"
 echo "look:   gcloud compute tpus queued-resources describe {job.name} ${{where[*]}}"
-echo "log:    gcloud compute tpus tpu-vm ssh {job.name} ${{where[*]}} --worker=0" \\
+echo "log:    gcloud compute tpus tpu-vm ssh {node} ${{where[*]}} --worker=0" \\
   "--command='sudo journalctl -u google-startup-scripts -f'"
 echo "delete: gcloud compute tpus queued-resources delete {job.name} ${{where[*]}} --force"
 """
@@ -118,6 +130,7 @@ def _worker(job: Job) -> str:
         + "mkdir -p jaxlora\ncd jaxlora\n"
         + install_lines(job)
         + (_PEERS if job.hosts > 1 else "")
+        + (_SLICES.replace("HOSTS", str(job.topology.hosts)) if job.slices > 1 else "")
         + train_line(job, "../jaxlora-run.yml")
     )
 

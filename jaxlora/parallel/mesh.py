@@ -34,13 +34,32 @@ def make_mesh(sizes: Mapping[str, int] | None = None, devices: Sequence[Any] | N
     """
     devices = list(jax.devices() if devices is None else devices)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    wanted = _completed(sizes or {"data": slices, "fsdp": -1}, len(devices))
+    wanted = check_slices(sizes, len(devices), slices)
     shape = tuple(wanted.get(axis, 1) for axis in MESH_AXES)
     if slices > 1:
         laid_out = _across_slices(wanted, shape, slices, devices)
     else:
         laid_out = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(laid_out, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def check_slices(sizes: Mapping[str, int] | None, count: int, slices: int) -> dict[str, int]:
+    """Returns the sizes of a mesh over `count` devices, with what is -1 or by default filled in.
+
+    Raises:
+      UserError: see `make_mesh`.
+
+    >>> check_slices(None, 32, 2), check_slices({"fsdp": -1, "context": 4}, 32, 2)
+    ({'data': 2, 'fsdp': 16}, {'fsdp': 8, 'context': 4})
+    """
+    wanted = _completed(sizes or {"data": slices, "fsdp": -1}, count)
+    within_data = math.gcd(wanted.get("data", 1), slices)
+    if wanted.get("fsdp", 1) % (slices // within_data):
+        raise UserError(
+            f"mesh: {slices} slices do not fit {wanted}: tensor, context and expert stay "
+            f"within a slice; make data a multiple of {slices}."
+        )
+    return wanted
 
 
 def _completed(sizes: Mapping[str, int], count: int) -> dict[str, int]:
@@ -71,11 +90,6 @@ def _across_slices(
     """Devices in the shape of the mesh, those of one slice together."""
     data = math.gcd(sizes.get("data", 1), slices)
     outer = {"data": data, "fsdp": slices // data}
-    if sizes.get("fsdp", 1) % outer["fsdp"]:
-        raise UserError(
-            f"mesh: {slices} slices do not fit {dict(sizes)}: tensor, context and expert stay "
-            f"within a slice; make data a multiple of {slices}."
-        )
     between = tuple(outer.get(axis, 1) for axis in MESH_AXES)
     within = tuple(size // split for size, split in zip(shape, between, strict=True))
     return mesh_utils.create_hybrid_device_mesh(

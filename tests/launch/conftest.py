@@ -53,7 +53,8 @@ esac""",
 env > "$SEEN.env"
 exit "${TRAIN_STATUS:-0}\"""",
     "curl": """case "$*" in
-  *agent-worker-number*) echo 2 ;;
+  *agent-worker-number*) echo "${NUMBER:-2}" ;;
+  *tpu-env*) printf "%b" "${TPU_ENV:-ZONE: 'us-west4-a'\\n}" ;;
   *worker-network-endpoints*) echo "${PEERS:-n:1:10.0.0.7,n:2:10.0.0.8}" ;;
 esac""",
     "srun": 'shift; SLURM_PROCID=1 SLURM_LOCALID=0 "$@"',

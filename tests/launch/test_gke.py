@@ -8,6 +8,7 @@ import yaml
 from job_set_schema import CONFIG_MAP, JOB_SET
 
 from jaxlora.config.load import load_config
+from jaxlora.core.errors import UserError
 from jaxlora.launch.gke import manifest
 
 _VARIANTS = [
@@ -15,6 +16,7 @@ _VARIANTS = [
     ("v6e:1x1", {"spot": True}),
     ("v5p:2x2x2", {"variables": ("HF_TOKEN", "WANDB_API_KEY")}),
     ("h100:8", {"nodes": 2, "spot": True, "image": "registry/x:1"}),
+    ("v5e:4x4", {"slices": 3}),
 ]
 
 
@@ -45,8 +47,10 @@ def test_the_schema_refuses_a_field_that_is_misspelled(job):
 def test_there_is_a_pod_for_each_machine_and_it_asks_for_all_chips(job, topology, options):
     wanted = job(topology, **options)
     _, job_set = documents(wanted)
-    spec = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]
-    assert spec["parallelism"] == spec["completions"] == wanted.hosts
+    (replicated,) = job_set["spec"]["replicatedJobs"]
+    spec = replicated["template"]["spec"]
+    assert spec["parallelism"] == spec["completions"] == wanted.topology.hosts * wanted.nodes
+    assert replicated["replicas"] == wanted.slices
     resource = "google.com/tpu" if wanted.topology.is_tpu else "nvidia.com/gpu"
     (container,) = pod_of(job_set)["containers"]
     assert container["resources"]["limits"] == {resource: wanted.topology.chips_per_host}
@@ -85,6 +89,25 @@ def test_the_script_trains_with_the_number_of_its_pod(machine, job):
     assert (
         "LD_LIBRARY_PATH=/usr/local/nvidia/lib64" in Path(machine.env["SEEN"] + ".env").read_text()
     )
+
+
+def test_a_machine_of_a_slice_has_its_number_among_all(machine, job):
+    """In the order in which JAX numbers them: slice by slice."""
+    config_map, _ = documents(job(slices=3))
+    (machine.root / "run.yml").write_text(config_map["data"]["run.yml"])
+    script = config_map["data"]["run.sh"].replace("/jaxlora-files", "..")
+    result = machine.run(script, JOB_COMPLETION_INDEX="1", MEGASCALE_SLICE_ID="2")
+    assert result.returncode == 0, result.stderr
+    call = next(call for call in machine.calls if "jaxlora.cli" in call)
+    assert call[-3:] == [
+        *("--coordinator=one-worker-0-0.one:8476", "--num-processes=12", "--process-id=9"),
+    ]
+    assert machine.run(script, JOB_COMPLETION_INDEX="1").returncode != 0, "which slice is not known"
+
+
+def test_slices_of_one_machine_are_not_joined_by_gke(job):
+    with pytest.raises(UserError, match="--slices: 2 of one machine each"):
+        manifest(job("v5e:2x4", slices=2))
 
 
 def test_a_configuration_stands_in_the_manifest_byte_for_byte(job, hostile, tmp_path):

@@ -39,6 +39,17 @@ def test_a_variable_is_given_by_its_name_alone(job, name):
         job(variables=(name,))
 
 
+def test_slices_are_of_tpus_and_hold_what_the_mesh_asks_of_them(job):
+    assert job(slices=2).hosts == 8
+    assert job(keys={"mesh": {"context": 4}}, slices=2).hosts == 8  # fsdp over both slices
+    with pytest.raises(UserError, match="--slices: 2; expected 1 or more, of a TPU topology"):
+        job("h100:8", slices=2)
+    with pytest.raises(UserError, match=r"mesh: 2 slices do not fit .*make data a multiple of 2"):
+        job(keys={"mesh": {"data": 1, "fsdp": 1, "context": 32}}, slices=2)
+    with pytest.raises(UserError, match="32 are here"):
+        job(keys={"mesh": {"data": 3, "fsdp": 4}}, slices=2)
+
+
 def test_a_run_on_machines_that_may_go_resumes_by_itself(job):
     assert job().config.auto_resume_from_checkpoints
     chosen = job(keys={"resume_from_checkpoint": "gs://bucket/runs/zero"})

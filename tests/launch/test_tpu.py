@@ -6,6 +6,7 @@ import pytest
 
 from jaxlora.config.load import load_config
 from jaxlora.core.errors import UserError
+from jaxlora.launch.topology import parse
 from jaxlora.launch.tpu import queued_script, vm_script
 
 WHERE = "--zone=us-west4-a"
@@ -115,6 +116,33 @@ def test_a_queued_resource_starts_training_by_itself(machine, job):
     assert machine.run(startup).returncode == 0
     assert Path(machine.env["SEEN"]).read_text() == wanted.text
     assert "--process-id=2" in trained(machine)
+
+
+SLICES = "ZONE: 'us-west4-a'\\nMEGASCALE_COORDINATOR_ADDRESS: '10.0.0.3'\\n"
+SLICES += "MEGASCALE_NUM_SLICES: '2'\\nMEGASCALE_SLICE_ID: '1'\\n"
+
+
+@pytest.mark.parametrize(("topology", "number"), [("v5e:4x4", 1 * 4 + 2), ("v5e:2x4", 1)])
+def test_queued_slices_number_their_machines_one_after_another(machine, job, topology, number):
+    assert machine.run(queued_script(job(topology, slices=2))).returncode == 0
+    created = machine.called("gcloud", "create")
+    assert {"--node-count=2", "--node-prefix=one"} <= set(created)
+    assert not [word for word in created if word.startswith("--node-id")]
+    startup = (machine.root / "remote/startup.sh").read_text()
+    index = "0" if topology == "v5e:2x4" else "2"
+    result = machine.run(startup, TPU_ENV=SLICES, NUMBER=index)
+    assert result.returncode == 0, result.stderr
+    count = 2 * parse(topology).hosts
+    assert trained(machine)[-3:] == [
+        *("--coordinator=10.0.0.3:8476", f"--num-processes={count}", f"--process-id={number}"),
+    ]
+
+
+def test_a_machine_that_does_not_know_its_slice_says_so(machine, job):
+    assert machine.run(queued_script(job(slices=2))).returncode == 0
+    result = machine.run((machine.root / "remote/startup.sh").read_text())
+    assert result.returncode != 0
+    assert "slice: is not in the metadata" in result.stderr
 
 
 @pytest.mark.parametrize("state", ["SUSPENDED", "FAILED"])
