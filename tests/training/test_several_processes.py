@@ -143,6 +143,25 @@ def test_a_run_continues_on_other_devices_and_processes(keys, tmp_path, cache):
 
 
 @pytest.mark.oracle
+@pytest.mark.parametrize("storage", [{}, {"adapter": "qlora", "quantization": "int4"}])
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_process_reads_its_part_of_the_base_and_its_rows(
+    keys, write_base, tmp_path, count, storage
+):
+    base = write_base(tmp_path / "base", hidden_size=256, intermediate_size=512)
+    values = {**keys, **storage, "base_model": str(base), "batch_size": 8, "micro_batch_size": 1}
+    (tmp_path / "keys.json").write_text(json.dumps(values))
+    program = [str(Path(__file__).with_name("reading_processes.py")), str(tmp_path / "keys.json")]
+    done = loopback.run([[*program, "{coordinator}", str(count), str(i)] for i in range(count)])
+    assert [each.returncode for each in done] == [0] * count, done[0].stderr[-2000:]
+    read = [json.loads(each.stdout.splitlines()[-1]) for each in done]
+    whole = sum(x.nbytes for x in load_file(base / "model.safetensors").values())
+    assert [each["bytes"] for each in read] == [whole // count] * count
+    assert sum(each["tokens"] for each in read) == read[0]["all_tokens"]
+    assert max(each["tokens"] for each in read) < 2 * read[0]["all_tokens"] / count
+
+
+@pytest.mark.oracle
 @pytest.mark.parametrize(
     ("count", "devices", "changes"),
     [
