@@ -1,9 +1,11 @@
 """Copies of files and folders on object storage, made once and kept while the original is equal."""
 
+import contextlib
+import fcntl
 import json
 import os
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ _VERSIONS = ("etag", "ETag", "md5Hash", "content_md5", "generation", "updated", 
 
 def fetch(address: str, key: str, wanted: Callable[[str], bool] = lambda name: True) -> Path:
     """Returns the local copy of a file or a folder, after copying what is new or has changed.
+
+    Of several processes on a machine one copies, and the others wait for it.
 
     Args:
       address: of object storage.
@@ -32,13 +36,14 @@ def fetch(address: str, key: str, wanted: Callable[[str], bool] = lambda name: T
         files = list_files(storage, root)
         if not files:
             raise UserError(f"{key}: {address} does not exist, or holds no file.")
-        if set(files) == {""}:
-            _copy(storage, root, files[""], target, record)
-            return target
-        for name, info in files.items():
-            if wanted(name):
-                _copy(storage, f"{root}/{name}", info, target / name, record)
-        _remove_others(target, files)
+        with _alone(record.parent):
+            if set(files) == {""}:
+                _copy(storage, root, files[""], target, record)
+                return target
+            for name, info in files.items():
+                if wanted(name):
+                    _copy(storage, f"{root}/{name}", info, target / name, record)
+            _remove_others(target, files)
     except UserError:
         raise
     except Exception as error:  # each library has errors of its own
@@ -73,6 +78,16 @@ def download(storage: Any, path: str, target: Path) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits for the other processes of this machine; the kernel forgets one that has ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("wb") as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _copy(storage: Any, path: str, info: dict[str, Any], target: Path, record: Path) -> None:

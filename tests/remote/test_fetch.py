@@ -1,6 +1,8 @@
 """Addresses and copies of what is on object storage."""
 
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import pytest
@@ -36,6 +38,24 @@ def test_a_copy_is_made_once_and_again_when_the_original_changes(storage, monkey
     storage.pipe_file("/b/rows.jsonl", b"two")  # of the same size
     assert fetch("memory://b/rows.jsonl", "k").read_bytes() == b"two"
     assert len(copied) == 2
+
+
+def test_processes_of_a_machine_copy_once(storage, monkeypatch):
+    """Also, none removes what another is about to put in its place."""
+    for name in ("a", "b", "c"):
+        storage.pipe_file(f"/b/model/{name}", b"x")
+    copied, get_file = [], type(storage).get_file
+
+    def slowly(self, path, target):
+        copied.append(path)
+        time.sleep(0.05)
+        get_file(self, path, target)
+
+    monkeypatch.setattr(type(storage), "get_file", slowly)  # each thread has one of its own
+    with ThreadPoolExecutor(4) as pool:  # a lock belongs to what was opened, not to the process
+        folders = list(pool.map(lambda _: fetch("memory://b/model", "k"), range(4)))
+    assert sorted(copied) == ["/b/model/a", "/b/model/b", "/b/model/c"]
+    assert {path.name for path in folders[0].iterdir()} == {"a", "b", "c"}
 
 
 def test_what_is_gone_from_a_folder_is_not_read_any_more(storage):
