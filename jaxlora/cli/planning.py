@@ -27,8 +27,8 @@ def add_commands(commands: Any) -> None:
     plan.add_argument(
         "--topology",
         metavar="CHIPS",
-        help="v5e:4x4, v5p:2x2x4, v6e:2x4, h100:8, h200:8, a100:8, cpu or cpu:8; default: the "
-        "devices that are here",
+        help="v5e:4x4, v5p:2x2x4, v6e:2x4, 2xv5e:4x4 (two slices), h100:8, h200:8, a100:8, cpu or "
+        "cpu:8; default: the devices that are here",
     )
     plan.add_argument("--json", action="store_true", help="print all of it as JSON")
     plan.add_argument(

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxlora.planning.hardware import Hardware
+from jaxlora.planning.hlo import BETWEEN_SLICES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +171,8 @@ class Estimate:
             moved += 2 * (self.memory.trained + self.memory.optimizer)
             limits["memory"] = moved / chip.memory_bytes_per_s
         if chip.link_bytes_per_s and self.devices > 1 and self.traffic:
-            sent = sum(each.sent_bytes for each in self.traffic)
+            # Nobody says how fast the network between slices is.
+            sent = sum(e.sent_bytes for e in self.traffic if e.kind != BETWEEN_SLICES)
             limits["network"] = sent / chip.link_bytes_per_s
         return limits
 

@@ -23,6 +23,8 @@ _COLLECTIVES = (
     "ragged-all-to-all",
     "collective-permute",
 )
+BETWEEN_SLICES = "between slices"
+"""What `Collective.kind` calls a transfer over the data-centre network."""
 _NO_BYTES = ("token", "opaque")
 # The memory space of what is in the host's memory, on a GPU and on a TPU.
 _HOST = "S(5)"
@@ -66,7 +68,7 @@ class Collective:
     """One kind of transfer, over a whole step.
 
     Attributes:
-      kind: ``all-gather`` and others.
+      kind: ``all-gather`` and others; `BETWEEN_SLICES` for all that leaves a slice.
       array: the largest array that one of them delivers.
       times: how often they run.
       payload_bytes: what they deliver to a device in all.
@@ -152,13 +154,16 @@ class Module:
         channels: dict[str, tuple[str, list[Array], int, int]] = {}
         for where, found in self.instructions():
             kind = found.opcode.removesuffix("-start")
-            if kind not in _COLLECTIVES:
+            slow = kind == "send" and "xla_megascale_runtime" in found.line
+            if kind not in _COLLECTIVES and not slow:
                 continue
             channel = re.search(r"channel_id=(\d+)", found.line)
             delivered = arrays_of(found.type)
             key = f"{where} {found.name}"
             if channel and where in self._fused:
                 key = f"{kind} {channel[1]} {delivered}"
+            if slow:
+                kind, delivered = BETWEEN_SLICES, [max(delivered, key=lambda x: x.nbytes)]
             if found.opcode.endswith("-start"):  # operands, results and tokens in one tuple
                 whole = [max(delivered, key=lambda x: x.nbytes)]
                 delivered = delivered[len(delivered) // 2 :] if kind == "all-to-all" else whole

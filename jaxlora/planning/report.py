@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from jaxlora.planning.estimate import Estimate
 from jaxlora.planning.hardware import GIB
+from jaxlora.planning.hlo import BETWEEN_SLICES
 from jaxlora.planning.search import Found
 
 _BAR = 30
@@ -100,7 +101,7 @@ def _traffic(made: Estimate) -> str:
         f"  {each.kind + ' ' + each.dtype:<32}{size(each.payload_bytes):>12}  "
         f"{_plural(each.times, 'time')}"
         for each in made.traffic
-        if each.payload_bytes >= 1e-3 * made.traffic[0].payload_bytes
+        if each.payload_bytes >= 1e-3 * made.traffic[0].payload_bytes or each.kind == BETWEEN_SLICES
     ]
     return "\n".join(lines)
 

@@ -30,16 +30,18 @@ class Topology:
       text: as written.
       kind: key of `HARDWARE`, or ``cpu`` for this machine's devices.
       shape: chips along each axis of a slice; GPUs of all machines.
+      slices: how many slices of a TPU, joined by the data-centre network.
     """
 
     text: str
     kind: str
     shape: tuple[int, ...]
+    slices: int = 1
 
     @property
     def size(self) -> int:
         """Number of devices."""
-        return math.prod(self.shape)
+        return math.prod(self.shape) * self.slices
 
     @property
     def local(self) -> bool:
@@ -67,12 +69,13 @@ def parse(text: str | None) -> Topology:
     Raises:
       UserError: an unknown chip, or a shape that it does not come in.
 
-    >>> parse("v5e:4x4").size, parse("h100:8").shape
-    (16, (8,))
+    >>> parse("v5e:4x4").size, parse("2xv5e:4x4").size, parse("h100:8").shape
+    (16, 32, (8,))
     """
     if text is None or text == "cpu":
         return Topology(text or "here", "cpu", ())
-    kind, _, shape = text.partition(":")
+    several, one = re.fullmatch(r"(?:(\d+)x(?=[a-z]))?(.*)", text, re.DOTALL).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    kind, _, shape = one.partition(":")
     kinds = [*HARDWARE, "cpu"]
     if kind not in kinds or not _SHAPE.fullmatch(shape or "1"):
         raise UserError(
@@ -86,7 +89,10 @@ def parse(text: str | None) -> Topology:
     if len(sizes) != flat or 0 in sizes:
         example = {1: f"{kind}:8", 2: f"{kind}:4x4", 3: f"{kind}:2x2x4"}[flat]
         raise UserError(f"--topology: {text}: expected {flat} numbers, e.g. {example}.")
-    return Topology(text, kind, sizes)
+    slices = int(several or 1)
+    if slices < 1 or (several and (kind == "cpu" or HARDWARE[kind].platform != "tpu")):
+        raise UserError(f"--topology: {text}: expected slices of a TPU, e.g. 2xv5e:4x4.")
+    return Topology(text, kind, sizes, slices)
 
 
 def environment(topology: Topology, inherited: Mapping[str, str]) -> dict[str, str]:
@@ -121,7 +127,10 @@ def devices_of(topology: Topology) -> Sequence[Any]:
     bounds = [*(min(n, 2) for n in topology.shape[:2]), 1]
     try:
         described = topologies.get_topology_desc(
-            platform="tpu", topology_name=name, chips_per_host_bounds=bounds
+            platform="tpu",
+            topology_name=name,
+            chips_per_host_bounds=bounds,
+            **({"num_slices": topology.slices} if topology.slices > 1 else {}),
         )
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]

@@ -1,6 +1,6 @@
 """A program's text, read: loops count as often as they run, transfers in their dtype."""
 
-from jaxlora.planning.hlo import Module
+from jaxlora.planning.hlo import BETWEEN_SLICES, Module
 
 # The forms that the compilers for TPU, GPU and CPU write.
 PROGRAM = """
@@ -33,6 +33,9 @@ metadata={op_name="jit(step)/while/body/transpose(jvp())/while"}
   %call.2 = (s4[1,64,128]) fusion(%x), kind=kCustom, calls=%gather.copy
   %fusion.1 = bf16[6,8,16]{2,1,0} fusion(%a, %b, %i), kind=kLoop, calls=%stack
   %fusion.2 = f32[6,8,4]{2,1,0} fusion(%a, %b, %i), kind=kLoop, calls=%stack.back
+  %send.1 = (f32[5,4]{1,0}, u32[], token[]) send(%g, %t), channel_id=4, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"}
+  %send.2 = (f32[5,4]{1,0}, u32[], token[]) send(%g, %t), channel_id=5, is_host_transfer=true
   %all-to-all.1 = (f32[2,8]{1,0}, f32[2,8]{1,0}) all-to-all(%k.0, %k.1), channel_id=1, \
 replica_groups={{0,1},{2,3}}
   %all-to-all.2 = (f32[2,8]{1,0}, f32[2,8]{1,0}) all-to-all(%v.0, %v.1), channel_id=1, \
@@ -75,6 +78,8 @@ def test_collectives_count_loops_and_know_their_dtype():
     exchange = found["all-to-all", "f32"]  # two of them, on the channel of all `shard_map`s
     assert (exchange.times, exchange.payload_bytes) == (36, 36 * 2 * 64)
     assert exchange.sent_bytes == exchange.payload_bytes / 2
+    (slow,) = (c for c in found.values() if c.kind == BETWEEN_SLICES)
+    assert (slow.times, slow.payload_bytes, slow.sent_bytes) == (18, 18 * 80, 18 * 80)
     scatter = found["reduce-scatter", "bf16"]
     assert (scatter.times, scatter.sent_bytes) == (1, 20 * 3)
 

@@ -150,6 +150,8 @@ def test_a_transfer_that_is_made_once_is_one_time():
         ("v5e:4", "expected 2 numbers, e.g. v5e:4x4"),
         ("h100:2x2", "expected 1 numbers"),
         ("v5p:0x2x2", "expected 3"),
+        ("2xh100:8", "expected slices of a TPU"),
+        ("0xv5e:4x4", "expected slices of a TPU"),
     ],
 )
 def test_topologies_that_do_not_exist_are_refused(text, words):

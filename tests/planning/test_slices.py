@@ -14,7 +14,7 @@ import pytest
 from jaxlora.config.load import load_config
 from jaxlora.planning.estimate import Estimate
 from jaxlora.planning.hardware import GIB
-from jaxlora.planning.hlo import Module, arrays_of
+from jaxlora.planning.hlo import BETWEEN_SLICES, Module, arrays_of
 from jaxlora.planning.plan import plan
 from jaxlora.planning.topology import parse
 
@@ -93,6 +93,24 @@ def test_large_models_fit_their_slices(planned, name):
     keys = {**KEYS, **RUNS[name][2]}
     context = keys.get("mesh", {}).get("context", 1)
     assert estimate.memory.activations == (layers + 1) * keys["sequence_len"] // context * width * 2
+
+
+def test_between_two_slices_go_gradients_and_nothing_else(tmp_path):
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 64}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 1024}
+    config = json.loads((MODELS / "llama3-8b" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | sizes | heads))
+    keys = {"base_model": str(tmp_path), "sequence_len": 1024, "mesh": {"fsdp": 2, "context": 2}}
+    keys["mesh"]["data"] = 2
+    made = plan(load_config({**KEYS, **keys}), parse("2xv5e:2x2"))
+    assert made.devices == 8
+    between = [each for each in made.traffic if each.kind == BETWEEN_SLICES]
+    assert {each.dtype for each in between} == {"f32"}
+    # Each chip sums its own part of a gradient, once; and two numbers for loss and weights.
+    sent = sum(each.payload_bytes for each in between)
+    assert 0 < sent <= made.memory.gradients + 4096, between
+    rest = sum(each.payload_bytes for each in made.traffic if each.kind != BETWEEN_SLICES)
+    assert rest > 10 * sent
 
 
 @pytest.mark.parametrize("name", ["8b-4", "70b"])
