@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from jaxlora.core.errors import UserError, did_you_mean
@@ -104,10 +106,28 @@ def dequantize(quantized: QuantizedArray, dtype: Any = None) -> Float[Array, "*l
     else:
         if quantized.packed:
             values = integer.unpack(values)
-        matrix = integer.dequantize(
-            values, scales, quantized.dtype, zeros=leaf.zeros, groups=leaf.groups
+        matrix = _as_stored(
+            integer.dequantize(
+                values, scales, quantized.dtype, zeros=leaf.zeros, groups=leaf.groups
+            )
         )
     return matrix if dtype is None else matrix.astype(dtype)
+
+
+def _as_stored(matrix: jax.Array) -> jax.Array:
+    """Returns `matrix`, on a GPU laid out row after row, as its codes are.
+
+    Products there want their inner axis last. XLA lays the codes out so, before the loop over
+    layers, and keeps that copy of all of them (Llama 3 70B in int4: 32 GB).
+    """
+
+    if not isinstance(matrix, Tracer):
+        return matrix  # there is no loop
+
+    def laid_out(x: jax.Array) -> jax.Array:
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+    return jax.lax.platform_dependent(matrix, cuda=laid_out, default=lambda x: x)
 
 
 def gather(quantized: QuantizedArray) -> QuantizedArray:

@@ -304,3 +304,15 @@ def test_bits_per_parameter_counts_scales(format, double_quant, bits):
     assert bits_per_parameter(quantized) == pytest.approx(bits, abs=1e-12)
     abstract = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, quantized))
     assert bits_per_parameter(abstract) == pytest.approx(bits, abs=1e-12)
+
+
+@pytest.mark.parametrize("format", ["int4", "int8"])
+def test_on_a_gpu_unpacked_numbers_lie_as_their_codes_do(format):
+    """Else the codes of all layers are copied in another order before the loop over them."""
+    leaf = quantize(normal(128, 8), format)
+    traced = jax.jit(dequantize).trace(leaf)
+    pinned = {
+        platform: "LayoutConstraint" in traced.lower(lowering_platforms=(platform,)).as_text()
+        for platform in ("cuda", "cpu", "tpu")
+    }
+    assert pinned == {"cuda": True, "cpu": False, "tpu": False}
