@@ -4,6 +4,7 @@ import doctest
 import json
 
 import jax
+import loopback
 import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from test_leaves import KEYS, QLORA
@@ -155,6 +156,49 @@ def test_process_0_decides_for_all(run, monkeypatch):
     assert said == [
         "remat: auto takes matmuls: it needs 0.93 GiB of 0.93 GiB on each device (none 0.93 GiB)"
     ]
+
+
+# Process 1 believes that nothing fits, process 0 that all does but `none`.
+OF_PROCESS = """
+import os, sys, time
+from jaxlora.config.load import load_config
+from jaxlora.parallel import processes
+from jaxlora.planning import compiled, ladder, remat
+from jaxlora.training.setup import make_plan
+
+number, file, coordinator = sys.argv[1:]
+processes.join(coordinator, 2, int(number))
+needed = compiled.needed_bytes
+ladder._SURELY = 0
+
+def measured(program):
+    nbytes, policy = needed(program), program.shape.transformer.remat
+    print("compiled", policy, nbytes > 0)
+    return 10**15 if number == "1" or policy == "none" else nbytes
+
+compiled.needed_bytes = measured
+plan = make_plan(load_config(file))
+remat.choose(plan, print if number == "0" else lambda text: None)
+print("takes", plan.model.transformer.remat, flush=True)
+processes.exchange("done", True)
+time.sleep(5 * (number == "0"))  # the first holds the store of both
+os._exit(0)
+"""
+
+
+@pytest.mark.reliability
+def test_two_processes_compile_together_and_take_the_same(run, tmp_path):
+    file = tmp_path / "run.yml"
+    file.write_text(json.dumps(run))
+    commands = [["-c", OF_PROCESS, str(i), str(file), "{coordinator}"] for i in range(2)]
+    done = loopback.run(commands, env={"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax")})
+    assert [each.returncode for each in done] == [0, 0], done[0].stderr[-2000:]
+    for each in done:
+        said = each.stdout.splitlines()
+        compiled_ = [line for line in said if line.startswith("compiled ")]
+        assert compiled_ == ["compiled none True", "compiled matmuls True"]
+        assert "takes matmuls" in said
+    assert "remat: auto takes matmuls: it needs " in done[0].stdout
 
 
 def test_an_answer_is_whole_or_not_there(tmp_path, monkeypatch):
