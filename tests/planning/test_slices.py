@@ -41,14 +41,16 @@ KEYS = {
 }
 LORA = {"adapter": "lora", "quantization": None}
 LONG = {"sequence_len": 131072, "mesh": {"context": 16}}
-# model, topology, keys, most GiB on one chip: what was measured and a few percent, see
-# docs/planning.md.
+TABLES = {"quantize_embeddings": "int8"}
+# model, topology, keys, most GiB on one chip: the goals of 6.5 for 8B, 9.5 for four rows, else what
+# was measured and a few percent, see docs/planning.md.
 RUNS = {
-    "8b-1": ("llama3-8b", "v5e:1x1", {}, 8.6),
-    "8b-4": ("llama3-8b", "v5e:2x2", {}, 4.1),
-    "mistral": ("mistral-7b", "v5e:2x2", LORA, 5.8),
+    "8b-1": ("llama3-8b", "v5e:1x1", TABLES, 6.5),
+    "8b-1-rows": ("llama3-8b", "v5e:1x1", TABLES | {"micro_batch_size": 4}, 9.5),
+    "8b-4": ("llama3-8b", "v5e:2x2", {}, 3.6),
+    "mistral": ("mistral-7b", "v5e:2x2", LORA, 5.2),
     "128k": ("llama3.1-8b", "v5p:2x2x4", LONG, 13.3),
-    "70b": ("llama3-70b", "v5e:4x4", {}, 11.8),
+    "70b": ("llama3-70b", "v5e:4x4", TABLES, 7.9),
 }
 
 
@@ -92,7 +94,9 @@ def test_large_models_fit_their_slices(planned, name):
     # last hidden states, which the loss leaves.
     keys = {**KEYS, **RUNS[name][2]}
     context = keys.get("mesh", {}).get("context", 1)
-    assert estimate.memory.activations == (layers + 1) * keys["sequence_len"] // context * width * 2
+    tokens = keys["micro_batch_size"] * keys["sequence_len"] // context
+    assert estimate.memory.activations == (layers + 1) * tokens * width * 2
+    assert estimate.peak_bytes < estimate.memory.total <= estimate.listed_bytes
 
 
 def test_between_two_slices_go_gradients_and_nothing_else(tmp_path):
@@ -122,7 +126,8 @@ def test_a_quantized_base_is_gathered_as_4_bit_integers(planned, name):
     packed = [times for _, dtype, size, times in gathers if dtype == "s4" and size in matrices]
     # q, o, gate, up and down, forward and in the recomputing backward pass.
     assert sum(packed) >= 2 * 5 * layers, gathers
-    floats = [g for g in gathers if g[1] in ("bf16", "f32") and g[2] in matrices]
+    # The hidden states of a chunk of the loss may be as large, and are not gathered in every layer.
+    floats = [g for g in gathers if g[1] in ("bf16", "f32") and g[2] in matrices and g[3] >= layers]
     assert not floats, floats
 
 
@@ -161,8 +166,32 @@ def test_no_logits_of_all_tokens_and_no_unpacked_base_between_the_passes(planned
             assert not unpacked or array.size < width * hidden / estimate.devices, array
     for _, instruction in Module(text).instructions():
         for array in arrays_of(instruction.type):
-            if array.dtype == "f32" and array.shape and array.shape[-1] == vocabulary:
+            # All of the vocabulary, or a device's part of it for the rows of all.
+            own = {vocabulary, vocabulary // estimate.devices} & set(array.shape)
+            if array.dtype == "f32" and own:
                 assert array.size <= 1024 * vocabulary, instruction.line[:200]
+
+
+def test_a_head_that_is_split_is_not_gathered(planned):
+    estimate, text = planned("70b")
+    width, _, vocabulary, _ = shape_of("70b")
+    moved = [c for c in every_transfer(text) if c[2] == width * vocabulary]
+    assert not moved, moved
+    # Its codes change places once: from a part of the inputs to a part of the vocabulary.
+    share = width * vocabulary // estimate.devices
+    assert ("all-to-all", "s8", share, 1) in every_transfer(text)
+
+
+@pytest.mark.parametrize("name", ["8b-1", "8b-1-rows", "70b"])
+def test_tables_in_8_bits_are_never_floats(planned, name):
+    estimate, text = planned(name)
+    width, _, vocabulary, _ = shape_of(name)
+    share = {width // estimate.devices, vocabulary}, {width, vocabulary // estimate.devices}
+    # What a fusion computes on the way is in registers.
+    for where, instruction in Module(text).instructions():
+        for array in arrays_of(instruction.type) if "fus" not in where else ():
+            table = any(each <= set(array.shape) for each in (*share, {width, vocabulary}))
+            assert array.dtype not in ("f32", "bf16") or not table, instruction.line
 
 
 @pytest.mark.parametrize("name", RUNS)
