@@ -2,15 +2,13 @@
 
 import dataclasses
 import functools
-import math
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxlora.checkpoints.copying import aligned, copy
 from jaxlora.checkpoints.regions import Region
 from jaxlora.checkpoints.storage import Storage
 from jaxlora.checkpoints.tensor_view import Tensors
@@ -23,10 +21,6 @@ from jaxlora.ops.quantize import beside, dequantize, pack, quantize, quantize_to
 
 # The kinds of parameter that `QuantSpec` is for.
 _QUANTIZED = ("linear", "experts")
-_TILE = 64
-_ALIGNMENT = 64  # bytes
-_CORES = os.cpu_count() or 1
-_POOL = ThreadPoolExecutor(_CORES)
 Split = Callable[..., Any]
 
 
@@ -200,16 +194,8 @@ def empty(part: Any, lead: tuple[int, ...], dtype: np.dtype, region: Region | No
         return lead + (x.shape if region is None else region.full_shape(part, x))
 
     if isinstance(part, np.ndarray):
-        return _aligned(shape(part), dtype)
-    return jax.tree.map(lambda x: _aligned(shape(x), x.dtype), part)
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """A buffer that a CPU device can take over as it is."""
-    size = math.prod(shape) * dtype.itemsize
-    memory = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + size].view(dtype).reshape(shape)
+        return aligned(shape(part), dtype)
+    return jax.tree.map(lambda x: aligned(shape(x), x.dtype), part)
 
 
 def put(
@@ -232,27 +218,4 @@ def put(
             "jaxlora stores the layers of a stack alike: use the unquantized model."
         )
     for target, source, place in zip(whole[0], pieces[0], places, strict=True):
-        _copy(target[place], source)
-
-
-def _copy(target: np.ndarray, source: np.ndarray) -> None:
-    """``target[...] = source``, by tiles on every core: faster where `source` is transposed."""
-    if target.dtype == source.dtype:  # as words: numpy copies bfloat16 one element at a time
-        word = f"u{target.dtype.itemsize}"
-        target, source = target.view(word), source.view(word)
-    if target.ndim < 2:
-        target[...] = source
-        return
-    tiles = [
-        (*lead, slice(row, row + _TILE), slice(column, column + _TILE))
-        for lead in np.ndindex(target.shape[:-2])
-        for row in range(0, target.shape[-2], _TILE)
-        for column in range(0, target.shape[-1], _TILE)
-    ]
-
-    def copy(tiles: list[tuple]) -> None:
-        for tile in tiles:
-            target[tile] = source[tile]
-
-    share = -(-len(tiles) // _CORES)
-    list(_POOL.map(copy, (tiles[at : at + share] for at in range(0, len(tiles), share))))
+        copy(target[place], source)
