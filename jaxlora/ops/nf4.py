@@ -114,7 +114,7 @@ def _quantize_blocks(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Packs a run of whole blocks; only the last block of the whole matrix may be short."""
     whole = flat.size // BLOCK * BLOCK
     blocks = flat[:whole].reshape(-1, BLOCK)
-    absmax = np.abs(np.maximum(blocks.max(axis=1), -blocks.min(axis=1)))  # abs: never -0.0
+    absmax = np.abs(blocks).max(axis=1)
     inverse = np.float32(1) / np.maximum(absmax, _SMALLEST_ABSMAX)
     scaled = (blocks * inverse[:, None]).reshape(-1)
     if whole < flat.size:
