@@ -6,6 +6,7 @@ import mmap
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -66,7 +67,7 @@ def _turned(part: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _cpu() -> jax.Device | None:
+def _cpu() -> Any:
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS leaves it out

@@ -24,6 +24,9 @@ from jaxlora.models.stacks import is_apart
 from jaxlora.models.transformer import Cache, Constrain, Transformer, bind, empty_cache
 
 Params = Mapping[str, Any]
+# Batches of one call are padded to its longest prompt up to here: reading so little padding takes
+# less than compiling for one more width.
+_ONE_WIDTH = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +99,11 @@ def generate(
     recipe = _recipe(transformer, options)
     by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     rows = min(batch_size, len(prompts))
+    least = min(max(map(len, prompts), default=0), _ONE_WIDTH)
     for start in range(0, len(prompts), max(rows, 1)):
         between()
         numbers = by_length[start : start + rows]
-        tokens, lengths = _left_padded([prompts[n] for n in numbers], rows, pad_id)
+        tokens, lengths = _left_padded([prompts[n] for n in numbers], rows, pad_id, least)
         budgets = np.zeros(rows, np.int32)  # 0 for the empty rows of a short last batch
         budgets[: len(numbers)] = _budgets(lengths[: len(numbers)], options, cfg)
         keys = _row_keys(options.seed, [*numbers, *[0] * (rows - len(numbers))])
@@ -178,9 +182,9 @@ def _check(prompt: Sequence[int], cfg: ModelConfig, where: str) -> None:
 
 
 def _left_padded(
-    prompts: Sequence[Sequence[int]], rows: int, pad_id: int
+    prompts: Sequence[Sequence[int]], rows: int, pad_id: int, least: int = 0
 ) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B"]]:
-    width = bucket(max(len(prompt) for prompt in prompts))
+    width = bucket(max(least, *map(len, prompts)))
     tokens, lengths = np.full((rows, width), pad_id, np.int32), np.zeros(rows, np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, width - len(prompt) :] = prompt

@@ -87,12 +87,15 @@ class Display:
         return per_step * (self._total - self._step)
 
     def update(self, values: Mapping[str, float], *, log: bool) -> None:
-        """Moves the bar and, at a logging step, prints the line."""
-        rate, eta = f"{self.tokens_per_s:,.0f}", duration(self.eta_s)
+        """Moves the bar and, at a logging step and at the first one, prints the line."""
+        rate, eta = "-", "-"
+        if self._timed_steps:
+            rate, eta = f"{self.tokens_per_s:,.0f}", duration(self.eta_s)
         self._bar.update(
             self._task, completed=self._step, loss=f"{values['loss']:.4f}", rate=rate, eta=eta
         )
-        if log:
+        # The first one ends the wait for the compiler.
+        if log or not self._timed_steps:
             self.say(
                 f"step {self._step}/{self._total}  epoch {values['epoch']:.2f}  "
                 f"loss {values['loss']:.4f}  grad {values['grad_norm']:.3f}  "

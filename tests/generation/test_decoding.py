@@ -178,6 +178,15 @@ def test_lengths_and_equal_decoders_share_a_compilation(random_model):
     assert decoding._decode_batch._cache_size() == before + 1
 
 
+def test_short_and_longer_prompts_of_one_call_share_a_compilation(random_model):
+    model = random_model(rope_theta=124.0)
+    before = decoding._decode_batch._cache_size()
+    prompts = [PROMPTS[0], [1] * 40]
+    together = generate(model.transformer, model.params, prompts, TWELVE, batch_size=1)
+    assert decoding._decode_batch._cache_size() == before + 1
+    assert generate(model.transformer, model.params, prompts[:1], TWELVE) == together[:1]
+
+
 def test_buckets_are_few_and_waste_little():
     sizes = [bucket(n) for n in range(1, 4097)]
     assert len(set(sizes)) <= 24
