@@ -97,12 +97,14 @@ def make_program(config: Config, devices: Sequence[Any], platform: str | None = 
 def program_of(plan: Plan) -> Program:
     """Returns the program that a run will compile, to the letter, before it has its arrays.
 
+    Of a base that somebody else has quantized, zero points and groups are only about right.
+
     Args:
       plan: the checked run.
     """
     config, model, batches = plan.config, plan.model, plan.batches
-    _, raw = read_model_config(model_folder(config))
-    quantization = _stored_as(config, storage_of(model.folder), raw)
+    described = hub.resolve(config.base_model_config) if config.base_model_config else model.folder
+    quantization = _stored_as(config, storage_of(model.folder), read_model_config(described)[1])
     shape = Shape(
         model.cfg, model.specs, model.targets, model.parts, model.transformer, model.placement
     )
