@@ -13,6 +13,7 @@ import argparse
 import datetime
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,16 @@ KEYS: dict[str, Any] = {
 STEP = 4096
 
 
-def search(topology_text: str, remat: str, start: int, tries: int) -> dict[str, Any]:
-    """Returns the longest row that fits, and all that was compiled to find it."""
+def search(
+    topology_text: str, remat: str, start: int, tries: int, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Returns the longest row that fits, and all that was compiled to find it.
+
+    Args:
+      topology_text, remat: what to compile for, and with.
+      start, tries: length to begin with, and programs to compile at most.
+      keep: given what is known after each of them: one takes minutes.
+    """
     from jaxlora.config.load import load_config
     from jaxlora.planning.estimate import Estimate
     from jaxlora.planning.plan import plan
@@ -52,6 +61,7 @@ def search(topology_text: str, remat: str, start: int, tries: int) -> dict[str, 
         memory = {"total": made.memory.total, "activations": made.memory.activations}
         compiled.append(row | memory | {"host": made.host_bytes})
         print(f"{remat} {compiled[-1]} compiled in {made.compile_s:.0f} s", flush=True)
+        keep({"unfinished": True, "compiled": compiled})
         return made
 
     found = largest(measure, "sequence_len", start, step=STEP, tries=tries)
@@ -73,9 +83,13 @@ def main() -> None:
     path = machine.RESULTS / f"{datetime.date.today()}-longest-context-{kind}.json"
     results = json.loads(path.read_text())["policies"] if path.is_file() else {}
     for remat in options.remat:
-        results[remat] = search(options.topology, remat, options.start, options.tries)
-        record = {"command": machine.command(), **machine.describe()}
-        path.write_text(json.dumps(record | {"policies": results}, indent=1) + "\n")
+
+        def keep(found: dict[str, Any], remat: str = remat) -> None:
+            results[remat] = found
+            record = {"command": machine.command(), **machine.describe()}
+            path.write_text(json.dumps(record | {"policies": results}, indent=1) + "\n")
+
+        keep(search(options.topology, remat, options.start, options.tries, keep))
     for remat, found in results.items():
         print(f"remat: {remat}: {found['longest']:,} tokens, {found['total'] / 2**30:.2f} GiB")
     print(f"written: {path}")

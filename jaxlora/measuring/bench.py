@@ -107,7 +107,8 @@ def bench(
         raise UserError(f"--steps: {steps}; expected 1 or more.")
     started = time.perf_counter()
     plan = make_plan(config, say)
-    choose(plan, say)
+    with jax.default_matmul_precision(derived.matmul_precision(config) or "default"):
+        choose(plan, say)
     subject = _Subject(plan)
     load_s = time.perf_counter() - started
     say("compiling")
