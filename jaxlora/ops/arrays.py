@@ -57,6 +57,9 @@ class QuantizedArray:
         groups are runs of inputs.
       packed: int4 on the way to a device: values are ``[..., in / 2, out]`` uint8, the even input
         in the low nibble, because numpy spends a byte on an int4.
+      kernel: what dequantizes it: ``""`` for XLA, ``"tpu"`` for `jaxlora.ops.dequantize_tpu`,
+        ``"interpret"`` for the same kernel in Python (tests). With a kernel the values of `CODED`
+        formats are ``[..., in, out]`` uint4.
     """
 
     values: Any
@@ -67,12 +70,13 @@ class QuantizedArray:
     zeros: Int[Stored, "..."] | None = None
     groups: Int[Stored, "..."] | None = None
     packed: bool = dataclasses.field(default=False, metadata={"static": True})
+    kernel: str = dataclasses.field(default="", metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Logical shape ``[..., in, out]``."""
         *lead, rows, columns = self.values.shape
-        if self.format in CODED:
+        if self.format in CODED and not self.kernel:
             return (*lead, 2 * columns, rows)
         return (*lead, 2 * rows if self.packed else rows, columns)
 

@@ -7,11 +7,12 @@ Other tables of 16 numbers (`TABLES`) in the same storage are read, not made.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, UInt, UInt8
 
 from jaxlora.core.errors import UserError
 from jaxlora.ops.arrays import DoubleQuantized, take_rows
@@ -209,7 +210,7 @@ def dequantize(
     block = half * 2 // rows.shape[-1] if rows.ndim == values.ndim else BLOCK
     if isinstance(scales, DoubleQuantized):
         # The barrier keeps them one number a block: fused, each of its 64 elements computes it.
-        scales = jax.lax.optimization_barrier(_block_scales(scales, len(lead)))
+        scales = jax.lax.optimization_barrier(block_scales(scales, len(lead)))
     # Broadcast shifts, not two halves put together: XLA concatenates two numbers at a time.
     codes = values[..., None] >> jnp.array([4, 0], jnp.uint8) & 15
     numbers = _look_up(codes, table).reshape(*lead, out_dim * half * 2)
@@ -230,7 +231,47 @@ def _look_up(codes: UInt8[Array, "..."], table: np.ndarray) -> Float[Array, "...
     return jnp.asarray(table).at[codes].get(mode="promise_in_bounds")
 
 
-def _block_scales(scales: DoubleQuantized, lead: int) -> Float[Array, "*lead blocks"]:
+def by_input(values: UInt8[Array, "*lead O half_I"]) -> UInt[Array, "*lead I O"]:
+    """Returns the codes of two a byte as uint4, one row for each input; jittable.
+
+    >>> by_input(jnp.array([[0x12, 0x34]], jnp.uint8)).tolist()
+    [[1], [2], [3], [4]]
+    """
+
+    def matrix(packed: Any) -> Any:
+        codes = packed[..., None] >> jnp.array([4, 0], jnp.uint8) & 15
+        return codes.reshape(packed.shape[0], -1).astype(jnp.uint4).T
+
+    # One layer at a time: unpacked they are eight times as large.
+    return matrix(values) if values.ndim == 2 else jax.lax.map(by_input, values)
+
+
+def scales_by_input(
+    scales: Float[Array, "*lead O blocks"] | DoubleQuantized,
+) -> Float[Array, "*lead blocks O"]:
+    """Returns the scale of each block, one row for each run of inputs."""
+    if isinstance(scales, DoubleQuantized):
+        shape, lead = scales.codes.shape, scales.codes.ndim - 2
+        return block_scales(scales, lead).reshape(shape).swapaxes(-1, -2)
+    return scales.swapaxes(-1, -2)
+
+
+def dequantize_by_input(
+    values: UInt[Array, "*lead I O"],
+    scales: Float[Array, "*lead O blocks"] | DoubleQuantized,
+    dtype: str,
+    *,
+    table: np.ndarray = CODEBOOK,
+) -> Float[Array, "*lead I O"]:
+    """Returns what `dequantize` does, of codes that are `by_input`."""
+    absmax = scales_by_input(scales)
+    numbers = _look_up(values.astype(jnp.uint8), table)
+    numbers = numbers.reshape(*absmax.shape[:-1], -1, values.shape[-1]) * absmax[..., None, :]
+    return numbers.reshape(values.shape).astype(dtype)
+
+
+def block_scales(scales: DoubleQuantized, lead: int) -> Float[Array, "*lead blocks"]:
+    """Returns the scales of all blocks; `lead` axes count layers."""
     codes = jnp.asarray(scales.codes)
     codes = codes.reshape(*codes.shape[:lead], -1)
     absmax = jnp.repeat(jnp.asarray(scales.absmax), NESTED_BLOCK, axis=-1)[..., : codes.shape[-1]]

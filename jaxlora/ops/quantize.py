@@ -12,7 +12,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from jaxlora.core.errors import UserError, did_you_mean
-from jaxlora.ops import integer, nf4
+from jaxlora.ops import dequantize_tpu, integer, nf4
 from jaxlora.ops.arrays import CODED, DoubleQuantized, QuantizedArray
 
 FORMATS = ("int4", "nf4", "int8")
@@ -95,10 +95,13 @@ def dequantize(quantized: QuantizedArray, dtype: Any = None) -> Float[Array, "*l
     """
     leaf: Any = gather(quantized)  # arrays of jax throughout
     values, scales = leaf.values, leaf.scales
-    if quantized.format in CODED:
+    if quantized.kernel and values.ndim == 2:
+        matrix = _by_kernel(leaf)
+    elif quantized.format in CODED:
         table = nf4.TABLES[quantized.format]
-        matrix = nf4.dequantize(values, scales, quantized.dtype, table=table)
-        if leaf.gathered is not None and leaf.gathered[0] is not None:
+        read = nf4.dequantize_by_input if quantized.kernel else nf4.dequantize
+        matrix = read(values, scales, quantized.dtype, table=table)
+        if leaf.gathered is not None and leaf.gathered[0] is not None and not quantized.kernel:
             # As its codes lie: the compiler would split the numbers as it splits what they are
             # multiplied by, and gather them again.
             rows = jax.lax.with_sharding_constraint(matrix.swapaxes(-1, -2), leaf.gathered[0])
@@ -128,6 +131,19 @@ def _as_stored(matrix: jax.Array) -> jax.Array:
         return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
     return jax.lax.platform_dependent(matrix, cuda=laid_out, default=lambda x: x)
+
+
+def _by_kernel(leaf: Any) -> Float[Array, "I O"]:
+    coded = leaf.format in CODED
+    return dequantize_tpu.dequantize(
+        leaf.values,
+        nf4.scales_by_input(leaf.scales) if coded else leaf.scales,
+        leaf.dtype,
+        table=nf4.TABLES[leaf.format] if coded else None,
+        # The compiler cannot split a kernel: each device of a mesh is given its own part.
+        sharding=None if leaf.gathered is None else leaf.gathered[0],
+        interpret=leaf.kernel == "interpret",
+    )
 
 
 def gather(quantized: QuantizedArray) -> QuantizedArray:

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxlora.core import axes
-from jaxlora.ops import integer
+from jaxlora.ops import dequantize_tpu, integer, nf4
 from jaxlora.ops.arrays import CODED, DoubleQuantized, QuantizedArray
 from jaxlora.ops.layout import partition, ways
 from jaxlora.parallel import processes
@@ -56,6 +56,7 @@ class Placement:
         lead = (None,) if stacked else ()
         if not isinstance(leaf, QuantizedArray):
             return self._put(leaf, (*lead, *logical))
+        kernel = self.kernel_for(leaf, logical, self.mesh.devices.flat[0].device_kind)
         # Coded formats keep bitsandbytes' [out, in] order; scales and values split alike.
         coded = leaf.format in CODED
         stored = (*logical[:-2], logical[-1], logical[-2]) if coded else tuple(logical)
@@ -72,7 +73,14 @@ class Placement:
         # Whole everywhere, small as they are: split, they would split the scales taken by them.
         groups = jax.tree.map(lambda x: self._put(x, (None,) * x.ndim), leaf.groups)
         gathered = None
-        if self.mesh.size > 1:
+        if kernel and coded:
+            values = self._by_input(values, (*lead, *logical))
+        if self.mesh.size > 1 and kernel and coded:
+            gathered = (
+                self._gathered(logical, values.shape[len(lead) :]),
+                self._gathered(stored, _block_scales(scales).shape[len(lead) :]),
+            )
+        elif self.mesh.size > 1:
             # Codes are unpacked as one flat row of blocks, so their inner axis cannot stay split
             # over `tensor`: it is gathered in bytes, or XLA gathers the unpacked float32 numbers.
             kept = (*stored[:-1], None) if coded else stored
@@ -83,7 +91,29 @@ class Placement:
                     (kept if leaf.groups is None else per_group, _block_scales(scales)),
                 )
             )
-        return QuantizedArray(values, scales, leaf.format, leaf.dtype, gathered, zeros, groups)
+        return QuantizedArray(
+            values, scales, leaf.format, leaf.dtype, gathered, zeros, groups, kernel=kernel
+        )
+
+    def kernel_for(self, leaf: QuantizedArray, logical: Sequence[str | None], chip: str) -> str:
+        """Returns what dequantizes a leaf on a kind of device, see `QuantizedArray.kernel`."""
+        groups = dequantize_tpu.groups_of(leaf)
+        if groups is None or len(logical) > 2:  # three axes: experts
+            return ""
+        if not dequantize_tpu.earns(leaf.format, chip):
+            return ""
+        # On a mesh each device unpacks its part of the values by its part of the scales.
+        shapes = leaf.shape[-2:], (groups, leaf.shape[-1])
+        splits = {partition(self.mesh, logical, shape, without="fsdp") for shape in shapes}
+        return "tpu" if len(splits) == 1 else ""
+
+    def _by_input(self, codes: Any, layout: Sequence[str | None]) -> Any:
+        """Codes in the order and the type that a kernel reads; the host has no such type."""
+        shaped = jax.eval_shape(nf4.by_input, codes)
+        sharding = self.sharding(layout, shaped.shape)
+        if isinstance(codes, jax.ShapeDtypeStruct):
+            return self._to(shaped, sharding)
+        return jax.jit(nf4.by_input, out_shardings=sharding)(codes)
 
     def _int4(self, leaf: QuantizedArray, layout: Sequence[str | None]) -> jax.Array:
         """Packed values on the devices as their own int4; the host never holds a byte for each."""

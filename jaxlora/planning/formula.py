@@ -129,7 +129,9 @@ def _traffic(program: Program) -> tuple[Traffic, ...]:
         by_dtype: dict[str, float] = {}
         for leaf in _whole_leaves(program.frozen):
             values = leaf.values if isinstance(leaf, QuantizedArray) else leaf
-            name = {"int4": "s4", "int8": "s8", "uint8": "u8"}.get(str(values.dtype), "bf16")
+            name = {"int4": "s4", "uint4": "u4", "int8": "s8", "uint8": "u8"}.get(
+                str(values.dtype), "bf16"
+            )
             by_dtype[name] = by_dtype.get(name, 0.0) + bytes_per_device(values) * fsdp
         found += [
             Traffic("all-gather", name, passes, size * passes, size * passes * (fsdp - 1) / fsdp)

@@ -35,7 +35,7 @@ def frozen_leaves(shape: Shape, quantization: QuantSpec | None) -> dict[str, Any
         if part is not None and part.whole:
             continue
         stored = None if part is not None else quantization
-        leaf = _host_leaf(spec, stored, jnp.dtype(shape.transformer.dtype))
+        leaf = host_leaf(spec, stored, jnp.dtype(shape.transformer.dtype))
         leaf = shape.placement.weight(leaf, spec.axes, stacked=spec.layers is not None)
         if part is not None:
             hole = part.hole(leaf)
@@ -45,7 +45,7 @@ def frozen_leaves(shape: Shape, quantization: QuantSpec | None) -> dict[str, Any
     return leaves
 
 
-def _host_leaf(spec: ParamSpec, quantization: QuantSpec | None, dtype: jnp.dtype) -> Any:
+def host_leaf(spec: ParamSpec, quantization: QuantSpec | None, dtype: jnp.dtype) -> Any:
     """A leaf as it is before it is placed."""
     format = None if quantization is None else quantization.of(spec)
     if quantization is None or format is None:

@@ -294,6 +294,6 @@ def split_pairs(model: Model, adapter: Tree) -> Tree:
 def bytes_on_devices(tree: Any) -> int:
     """Returns the bytes the arrays of a tree take, 4-bit values counted as half a byte."""
     return sum(
-        int(np.ceil(leaf.size * (0.5 if leaf.dtype == jnp.int4 else leaf.dtype.itemsize)))
+        int(np.ceil(leaf.size * (0.5 if "int4" in str(leaf.dtype) else leaf.dtype.itemsize)))
         for leaf in jax.tree.leaves(tree)
     )

@@ -2,8 +2,9 @@
 
     python eight_devices.py STEPS ACCUMULATION METHOD:MESH [METHOD:MESH ...]
 
-METHOD is lora, int4, nf4, int8, gptq or full, ``moe-`` before it for a mixture of experts; MESH is
-like ``data=2,fsdp=4``, or nothing for one device, which every other of its method comes after.
+METHOD is lora, int4, nf4, int8, gptq or full, ``moe-`` before it for a mixture of experts, or
+``kernel-`` before int4 or nf4 for the TPU's kernel, interpreted. MESH is like ``data=2,fsdp=4``, or
+nothing for one device, which every other of its method comes after.
 """
 
 import dataclasses
@@ -106,7 +107,7 @@ def stored(method):
     cfg, _, linear, storage = model_of(method)
     weights = flatten(init_params(cfg, jax.random.key(0), jnp.float32))
     plain = {path: np.asarray(weight) for path, weight in weights.items()}
-    chosen = linear if storage in ("int4", "nf4", "int8", "gptq") else ()
+    chosen = () if storage in ("lora", "full") else linear
     tables = {"embed/embedding": 0, "lm_head/kernel": 1} if storage == "int4" else {}
     kept = {path: quantize_tokens(plain[path], axis) for path, axis in tables.items()}
     return plain, plain | {path: quantized(plain[path], storage) for path in chosen} | kept
@@ -117,7 +118,7 @@ def quantized(weight, method):
         parts = [quantized(each, method) for each in weight]
         return jax.tree.map(lambda *each: np.stack(list(map(np.asarray, each))), *parts)
     if method != "gptq":
-        return quantize(weight, method)
+        return quantize(weight, method.removeprefix("kernel-"))
     # As GPTQ files are read: packed, with zero points, each group's inputs anywhere.
     rng = np.random.default_rng(0)
     leaf = pack(quantize(weight, "int4", group_size=32))
@@ -130,6 +131,9 @@ def setup(method, placement):
     """Returns the step, its first arguments, and how to export what it trains."""
     weights, leaves = stored(method)
     cfg, specs, linear, method = model_of(method)
+    if method.startswith("kernel-"):
+        ask = placement.kernel_for
+        placement.kernel_for = lambda *leaf: ask(*leaf[:2], "TPU v6 lite") and "interpret"
     base = {
         path: placement.weight(leaf, specs[path].axes, stacked=specs[path].layers is not None)
         for path, leaf in leaves.items()

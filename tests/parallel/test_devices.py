@@ -16,7 +16,7 @@ AXES = ("data", "fsdp", "tensor", "context", "expert")
 TOLERANCE = 2e-5
 # What has been trained, as a share of its norm: Adam makes steps of gradients that are rounding.
 EXPORT_TOLERANCE = 1e-2
-QUANTIZED = ("int4", "nf4", "int8", "gptq")
+QUANTIZED = ("int4", "nf4", "int8", "gptq", "kernel-int4", "kernel-nf4")
 METHODS = ("lora", "full", "int4", "nf4")
 DEFAULT = (
     "lora:data=2,fsdp=2,tensor=2",
@@ -133,3 +133,10 @@ def test_losses_on_every_layout_equal_one_device(record_property, row):
     record_property("exports", max(found["apart"] for found in cases.values()))
     record_property("cpu_s", round(sum(found["cpu_s"] for found in results.values())))
     check(results, ROWS[row])
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("format", ["int4", "nf4"])
+def test_losses_with_the_tpus_kernel_equal_one_device(format):
+    cases = [f"kernel-{format}:{mesh}" for mesh in ("fsdp=2,tensor=4", "data=2,fsdp=2,tensor=2")]
+    check(results_of(cases, steps=20), cases)

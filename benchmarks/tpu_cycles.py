@@ -1,0 +1,229 @@
+"""What a layer of Llama-3-8B costs a TPU, by libtpu's own estimate of every operation's cycles.
+
+    PYTHONPATH=FOLDER-OF-LIBTPU python benchmarks/tpu_cycles.py --chip v6e [--tokens 2048] CASE ...
+
+CASE is STORAGE:RANK, for example int4:16; STORAGE is bf16, int4, nf4 or int8, with ``-xla`` behind
+it for dequantization by XLA in place of the kernel. Nothing runs and no TPU is needed: the forward
+pass and the backward pass of four layers (all of a layer computed again) are compiled, attention
+left out. For a kernel libtpu says nothing here; it counts as the larger of the cycles of its
+instructions and of its bytes at the memory's bandwidth. These are
+estimates: they rank programs, and are not times.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxlora.planning.topology import environment, parse
+
+if __name__ == "__main__":  # libtpu reads these when JAX first looks for it
+    os.environ.update(environment(parse("v5e:1x1"), os.environ))
+    if "--kernels" in sys.argv:
+        folder = tempfile.mkdtemp()
+        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_static_llo_profile_to={folder}"
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from jaxlora import lora
+from jaxlora.checkpoints.load import QuantSpec
+from jaxlora.core.tree import unflatten
+from jaxlora.lora import LoraConfig
+from jaxlora.models.families.read import read_config
+from jaxlora.models.parameters import ParamSpec, describe
+from jaxlora.models.targets import targets_of_specs
+from jaxlora.models.transformer import Transformer, bind
+from jaxlora.ops.arrays import QuantizedArray
+from jaxlora.ops.quantize import dequantize
+from jaxlora.parallel.mesh import make_mesh
+from jaxlora.parallel.rules import Placement
+from jaxlora.planning.hlo import Array, Instruction, Module, arrays_of
+from jaxlora.planning.leaves import host_leaf, note
+
+LAYERS = 4
+ROW = 2048
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 256,
+    "max_position_embeddings": 8192,
+    "rope_theta": 5e5,
+}
+# Bytes of memory in a cycle: the bandwidth of the data sheet over the clock, which follows from the
+# data sheet's arithmetic (v5e: four units of 128 x 128 at 1.5 GHz, v6e: four of 256 x 256 at 1.75).
+CHIPS = {"v5e": 546, "v6e": 937}
+KINDS = ("products", "narrow products", "unpacking", "other")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+
+
+def placement_on(chip: str) -> Placement:
+    """Returns where arrays would live on one chip that is not here."""
+    described = topologies.get_topology_desc(
+        platform="tpu", topology_name=f"{chip}:1x1", chips_per_host_bounds=[1, 1, 1]
+    )
+    return Placement(make_mesh(None, described.devices[:1]), note)
+
+
+def compile_layers(placement: Placement, storage: str, rank: int, tokens: int) -> str:
+    """Returns the compiled text of the gradient of four layers."""
+    cfg = read_config(MODEL)
+    model = Transformer(cfg, dtype=jnp.bfloat16, remat="full", attend=_no_attention)
+    specs = describe(cfg)
+    name, _, by = storage.partition("-")
+    frozen = {}
+    for path, spec in specs.items():
+        leaf = _stored(spec, name)
+        leaf = placement.weight(leaf, spec.axes, stacked=spec.layers is not None)
+        if by == "xla" and isinstance(leaf, QuantizedArray):
+            leaf = dataclasses.replace(leaf, kernel="")
+        frozen[path] = leaf
+    targets = targets_of_specs(specs, LoraConfig(r=rank, alpha=rank)) if rank else {}
+    table = _array(placement, frozen.pop("embed/embedding").shape, jnp.float32)
+    pairs = {
+        path: {
+            "a": _array(placement, (LAYERS, specs[path].shape[0], rank), jnp.float32),
+            "b": _array(placement, (LAYERS, rank, specs[path].shape[1]), jnp.float32),
+        }
+        for path in targets
+    }
+
+    def loss(trained, frozen, tokens):
+        params = unflatten({**frozen, "embed/embedding": trained[0]})
+        params = lora.apply(params, trained[1], targets) if targets else params
+        hidden, _ = bind(model, params)(tokens, tokens, tokens)
+        return jnp.sum(jnp.square(hidden.astype(jnp.float32)))
+
+    batch = _array(placement, (tokens // ROW, ROW), jnp.int32)
+    lowered = jax.jit(jax.grad(loss)).lower((table, pairs), frozen, batch)
+    return lowered.compile().as_text() or ""
+
+
+def _stored(spec: ParamSpec, storage: str) -> Any:
+    how = None if storage == "bf16" else QuantSpec(storage)
+    return host_leaf(spec, how, jnp.dtype(jnp.bfloat16))
+
+
+def _array(placement: Placement, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    whole = placement.sharding((None,) * len(shape), shape)
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=whole)
+
+
+def _no_attention(q, k, v, visible, **options):
+    return q + jnp.repeat(k + v, q.shape[2] // k.shape[2], axis=2)
+
+
+def kinds_of(text: str, chip: str, kernel_cycles: dict[str, int]) -> dict[str, list[int]]:
+    """Returns cycles of one layer, forward and backward, by kind of operation.
+
+    Args:
+      text: of a compiled program.
+      chip: key of `CHIPS`.
+      kernel_cycles: of the instructions of a kernel of this name for 2**20 elements.
+    """
+    module = Module(text)
+    found = {kind: [0, 0] for kind in KINDS}
+    bodies = [name for name in module.computations if module.runs.get(name, 0) >= LAYERS]
+    for name in bodies:
+        lines = module.computations[name]
+        backward = any("transpose(jvp" in each.line for each in lines)
+        for each in lines:
+            if "tpu_custom_call" in each.line:
+                size = arrays_of(each.type)[0].size
+                bytes_moved = size * (2 + 0.5 + 4 / 64)
+                computed = size / 2**20 * kernel_cycles[each.name.partition(".")[0]]
+                found["unpacking"][backward] += int(max(bytes_moved / CHIPS[chip], computed))
+            elif estimate := _CYCLES.search(each.line):
+                found[_kind(module, each)][backward] += int(estimate[1])
+    return found
+
+
+def _kind(module: Module, found: Instruction) -> str:
+    inside = list(_inside(module, found))
+    arrays = [array for each in (found, *inside) for array in arrays_of(each.type)]
+    reads_matrix = any(map(_is_matrix, arrays))
+    if any(each.opcode == "convolution" for each in inside):
+        return "products" if reads_matrix else "narrow products"
+    return "unpacking" if reads_matrix else "other"
+
+
+def _is_matrix(array: Array) -> bool:
+    width, hidden = MODEL["hidden_size"], MODEL["intermediate_size"]
+    sizes = {width * hidden, width * width, width * width // 4}
+    if array.dtype in ("s4", "u4", "s8", "u8"):
+        sizes |= {size // 2 for size in sizes}
+    return array.size in sizes | {size * LAYERS for size in sizes}
+
+
+def _inside(module: Module, found: Instruction) -> Iterator[Instruction]:
+    for name in re.findall(r"calls=%?([\w.\-]+)", found.line):
+        for each in module.computations.get(name, ()):
+            yield each
+            yield from _inside(module, each)
+
+
+def kernel_cycles(placement: Placement) -> dict[str, int]:
+    """Returns the cycles of the kernels' instructions for 2**20 elements, by libtpu's profile.
+
+    libtpu counts the instructions of a kernel only where it is told to write a profile of them.
+    """
+    found = {}
+    for storage in ("int4", "nf4"):
+        spec = describe(read_config(MODEL))["layers/mlp/up_proj/kernel"]
+        leaf = placement.weight(_stored(spec, storage), spec.axes, stacked=True)
+        layer = jax.tree.map(lambda x: _array(placement, x.shape[1:], x.dtype), leaf)
+        text = jax.jit(dequantize).lower(layer).compile().as_text() or ""
+        size = layer.shape[0] * layer.shape[1]
+        for each in text.splitlines():
+            if "tpu_custom_call" in each and (estimate := _CYCLES.search(each)):
+                name = each.split("=")[0].split("%")[1].partition(".")[0]
+                found[name] = int(int(estimate[1]) * 2**20 / size)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cases", nargs="*", metavar="CASE")
+    parser.add_argument("--chip", choices=CHIPS, default="v6e")
+    parser.add_argument("--tokens", type=int, default=ROW)
+    parser.add_argument("--kernels", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--keep", help="folder for the compiled programs' text")
+    options = parser.parse_args()
+    placement = placement_on(options.chip)
+    if options.kernels:
+        print(json.dumps(kernel_cycles(placement)))
+        return
+    command = [sys.executable, __file__, "--kernels", "--chip", options.chip]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    known = json.loads(done.stdout.splitlines()[-1])
+    print(
+        f"# a million cycles of a layer, {options.chip}, {options.tokens} tokens, kernels {known}"
+    )
+    print("| case | pass | " + " | ".join(KINDS) + " | all |")
+    print("| --- | --- |" + " ---: |" * (len(KINDS) + 1))
+    for case in options.cases:
+        storage, _, rank = case.partition(":")
+        text = compile_layers(placement, storage, int(rank or 0), options.tokens)
+        if options.keep:
+            Path(options.keep, f"{options.chip}-{case}-{options.tokens}.hlo").write_text(text)
+        found = kinds_of(text, options.chip, known)
+        for number, name in enumerate(("forward", "backward")):
+            cycles = [found[kind][number] / 1e6 for kind in KINDS]
+            row = " | ".join(f"{each:.2f}" for each in (*cycles, sum(cycles)))
+            print(f"| {case} | {name} | {row} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
