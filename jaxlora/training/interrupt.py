@@ -29,6 +29,17 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
+def _beneath(error: BaseException | None) -> Interrupted | None:
+    """The interrupt that an error was made of.
+
+    A handler's exception may come up in Python code that C code has called; numpy looks for a dtype
+    in this way, goes on, and the interpreter calls that a SystemError.
+    """
+    while error is not None and not isinstance(error, Interrupted):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 class Interrupts:
     """Turns signals into `Interrupted`: at once, or inside `held` at the next `check`.
 
@@ -77,6 +88,8 @@ class Interrupts:
         signal.set_wakeup_fd(self._wakeup)
         self._heard.set()
         self._writer.close()  # the listening thread reads the end
+        if isinstance(error, SystemError) and (interrupt := _beneath(error)):
+            raise interrupt from None
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

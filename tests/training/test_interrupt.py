@@ -8,8 +8,10 @@ import sys
 import threading
 import time
 
+import jax
 import pytest
 
+from jaxlora.core.errors import UserError
 from jaxlora.training.interrupt import SIGNALS, Interrupted, Interrupts
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 138}
@@ -109,6 +111,37 @@ def test_several_processes_stop_for_the_signal_they_agree_on():
         interrupts.agree = None
     assert raised.value.exit_code == 143
     assert asked == [0, signal.SIGINT, signal.SIGINT]
+
+
+def in_c_code(x):
+    """As where a handler raises in Python code that C code has called, and that code goes on."""
+    raise SystemError("returned a result with an exception set") from Interrupted(15)
+
+
+@pytest.mark.parametrize("work", [in_c_code, jax.jit(in_c_code)], ids=["plain", "JAX's traceback"])
+def test_an_interrupt_that_c_code_has_made_an_error_of_is_still_one(work):
+    with pytest.raises(Interrupted) as caught, Interrupts():
+        work(1.0)
+    assert caught.value.exit_code == 143
+
+
+def failing_while_it_stops():
+    try:
+        raise Interrupted(15)
+    except Interrupted:
+        raise UserError("no space left")  # noqa: B904
+
+
+def broken():
+    raise SystemError("another")
+
+
+@pytest.mark.parametrize(
+    ("work", "kind"), [(failing_while_it_stops, UserError), (broken, SystemError)]
+)
+def test_other_errors_stay_what_they_are(work, kind):
+    with pytest.raises(kind), Interrupts():
+        work()
 
 
 # The long sleeps stand for a compilation: signals are noted and it goes on.
