@@ -106,7 +106,8 @@ class Cell:
             "weight_decay": 0.0,
             "sample_packing": False,
             "bf16": self.dtype == "bfloat16",
-            "gradient_checkpointing": self.remat,
+            # Its best on a CPU: what is no product of matrices is sooner computed than saved.
+            "remat": "full" if self.remat else "matmuls",
             "shuffle_merged_datasets": False,
         }
         if self.method == "lora":

@@ -27,6 +27,7 @@ from jaxlora.training.describe import (
     describe_weights,
 )
 from jaxlora.training.evaluation import Evaluator
+from jaxlora.training.host_memory import keep_freed_blocks
 from jaxlora.training.interrupt import Interrupts
 from jaxlora.training.metrics import Sink, record_at, write_all
 from jaxlora.training.nonfinite import NonFiniteError, is_finite, skip_or_stop
@@ -145,6 +146,7 @@ class Run:
         self.failed = self.stepped = False
         self.trace = StepTrace(None, plan.total_steps)
         self.mirror: Mirror | None = None
+        keep_freed_blocks(model.placement.mesh.devices.flat[0].platform)
         self.last_loss = math.nan
 
     def execute(self, folder: Path, stack: contextlib.ExitStack, quiet: bool) -> TrainResult:

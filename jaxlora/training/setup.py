@@ -36,6 +36,7 @@ from jaxlora.parallel import processes
 from jaxlora.parallel.mesh import batch_shards
 from jaxlora.parallel.rules import Placement
 from jaxlora.training.attention import attention_of
+from jaxlora.training.host_memory import run_where_called
 from jaxlora.training.labels import check_adapter, declared_names, labels_of_run, wanted_labels
 from jaxlora.training.shape import adapter_options, shape_of_run
 from jaxlora.training.vocabulary import (
@@ -255,6 +256,7 @@ def make_plan(config: Config, say: Say = lambda text: None) -> Plan:
     Raises:
       UserError: anything wrong with the model's description, the data or their fit.
     """
+    run_where_called()
     model = open_model(config)
     for note in model.notes:
         say(f"note: {note}")
