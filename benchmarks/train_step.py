@@ -1,11 +1,11 @@
 """The train step on a CPU beside transformers + PEFT at its best setting.
 
-    python benchmarks/train_step.py [--cells NAME ...] [--rounds 5] [--turn 3] [--allow-busy]
+    python benchmarks/train_step.py [--cells NAME ...] [--rounds 4] [--turn 2] [--allow-busy]
 
 Every learner is a process of its own: the same Llama of random weights, the same adapter, the same
 rows of full length. They take turns (A B A B ...) and wait for each other; ratios are taken pair by
 pair. Nothing is reported unless the first losses agree. Writes
-`benchmarks/results/<date>-train-step.json` and prints the table.
+`benchmarks/results/<date>-train-step.json` and the table, also into benchmarks/README.md.
 """
 
 import argparse
@@ -23,6 +23,8 @@ from train_step_worker import Worker
 from jaxlora.core.errors import UserError
 
 COMPARED = 3
+README = Path(__file__).parent / "README.md"
+BEGIN, END = "<!-- train_step: begin -->", "<!-- train_step: end -->"
 # Losses are about 10: float32 sums in another order, and bfloat16 products of another kernel.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}
 
@@ -115,11 +117,27 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def write_readme(result: dict[str, Any], readme: Path = README) -> None:
+    """Puts the table between the marks in the README of the benchmarks."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    loads = [result[when]["load_average"][0] for when in ("load_before", "load_after")]
+    facts = (
+        f"- {result['date']}; hardware: {result['hardware']}; load average before {loads[0]}, "
+        f"after {loads[1]}",
+        f"- versions: {versions}",
+        f"- commit: {result['commit']}; command: `{result['command']}`",
+    )
+    before, rest = readme.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    lines = "\n".join(facts)
+    readme.write_text(f"{before}{BEGIN}\n\n{lines}\n\n{table(result)}\n\n{END}{after}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS))
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each learner")
-    parser.add_argument("--turn", type=int, default=3, help="steps in a turn")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of each learner")
+    parser.add_argument("--turn", type=int, default=2, help="steps in a turn")
     parser.add_argument("--allow-busy", action="store_true", help="measure on a busy machine")
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
@@ -140,6 +158,7 @@ def main() -> None:
     result["load_after"] = machine.load_now()
     if not options.no_write:
         machine.write("train-step", result)
+        write_readme(result)
     print(table(result))
 
 

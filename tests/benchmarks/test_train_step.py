@@ -32,3 +32,24 @@ def test_flops_of_a_token_are_four_per_frozen_parameter():
     attention = 6 * 6 * 288 * 256
     expected = 4 * cell.matrix_parameters + attention + 6 * cell.adapter_parameters
     assert cell.describe()["flops_per_token"] == expected
+
+
+def test_the_readme_has_the_latest_table_and_nothing_else_changes(tmp_path):
+    figures = {"tokens_per_s": 2.0, "range": [1.0, 3.0], "cpu_s": 2.5, "peak_rss": 0.5}
+    found = {
+        "learners": {"jaxlora": {"tokens_per_s": 1000}, "PEFT, 1 thread": {"tokens_per_s": 500}},
+        "best_peer": "PEFT, 1 thread",
+        "sizes": {"flops_per_token": 10**8, "dtype": "float32"},
+        "ratio": figures,
+    }
+    load = {"load_average": [0.5, 0.5, 0.5]}
+    result = {"date": "2026-11-26", "hardware": "a CPU", "versions": {"jax": "1"}, "commit": "c0"}
+    result |= {"command": "python x", "load_before": load, "load_after": load}
+    result |= {"measured_peak_flops": {"float32": 10**12}, "cells": {"tiny": found}}
+    readme = tmp_path / "README.md"
+    readme.write_text(f"above\n{train_step.BEGIN}\nold\n{train_step.END}\nbelow\n")
+    for _ in range(2):
+        train_step.write_readme(result, readme)
+    lines = readme.read_text().splitlines()
+    row = "| tiny | 1,000 (10%) | 500 (PEFT, 1 thread) | 2.00 (1.00 to 3.00) | 2.50 | 0.50 |"
+    assert [lines[0], lines[-1], lines.count(row), "old" in lines] == ["above", "below", 1, False]
