@@ -1,6 +1,6 @@
 """What a layer of Llama-3-8B costs a TPU, by libtpu's own estimate of every operation's cycles.
 
-    PYTHONPATH=FOLDER-OF-LIBTPU python benchmarks/tpu_cycles.py --chip v6e [--tokens 2048] CASE ...
+    python benchmarks/tpu_cycles.py [--chip v6e] [--tokens 2048] [--mlp] CASE ...
 
 CASE is STORAGE:RANK, for example int4:16; STORAGE is bf16, int4, nf4 or int8, with ``-xla`` behind
 it for dequantization by XLA in place of the kernel. Nothing runs and no TPU is needed: the forward
@@ -11,7 +11,6 @@ estimates: they rank programs, and are not times.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import re
@@ -33,6 +32,7 @@ if __name__ == "__main__":  # libtpu reads these when JAX first looks for it
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
+from jax.stages import Compiled
 
 from jaxlora import lora
 from jaxlora.checkpoints.load import QuantSpec
@@ -42,7 +42,7 @@ from jaxlora.models.families.read import read_config
 from jaxlora.models.parameters import ParamSpec, describe
 from jaxlora.models.targets import targets_of_specs
 from jaxlora.models.transformer import Transformer, bind
-from jaxlora.ops.arrays import QuantizedArray
+from jaxlora.ops.matmul import matmul
 from jaxlora.ops.quantize import dequantize
 from jaxlora.parallel.mesh import make_mesh
 from jaxlora.parallel.rules import Placement
@@ -77,19 +77,12 @@ def placement_on(chip: str) -> Placement:
     return Placement(make_mesh(None, described.devices[:1]), note)
 
 
-def compile_layers(placement: Placement, storage: str, rank: int, tokens: int) -> str:
-    """Returns the compiled text of the gradient of four layers."""
+def compile_layers(placement: Placement, storage: str, rank: int, tokens: int) -> Compiled:
+    """Returns the compiled gradient of four layers."""
     cfg = read_config(MODEL)
     model = Transformer(cfg, dtype=jnp.bfloat16, remat="full", attend=_no_attention)
     specs = describe(cfg)
-    name, _, by = storage.partition("-")
-    frozen = {}
-    for path, spec in specs.items():
-        leaf = _stored(spec, name)
-        leaf = placement.weight(leaf, spec.axes, stacked=spec.layers is not None)
-        if by == "xla" and isinstance(leaf, QuantizedArray):
-            leaf = dataclasses.replace(leaf, kernel="")
-        frozen[path] = leaf
+    frozen = {path: _placed(placement, spec, storage) for path, spec in specs.items()}
     targets = targets_of_specs(specs, LoraConfig(r=rank, alpha=rank)) if rank else {}
     table = _array(placement, frozen.pop("embed/embedding").shape, jnp.float32)
     pairs = {
@@ -108,7 +101,38 @@ def compile_layers(placement: Placement, storage: str, rank: int, tokens: int) -
 
     batch = _array(placement, (tokens // ROW, ROW), jnp.int32)
     lowered = jax.jit(jax.grad(loss)).lower((table, pairs), frozen, batch)
-    return lowered.compile().as_text() or ""
+    return lowered.compile()
+
+
+def compile_mlp(placement: Placement, storage: str, tokens: int) -> Compiled:
+    """Returns the compiled gradient of four layers of `up` and `down`, no adapter."""
+    specs = describe(read_config(MODEL))
+    up, down = (
+        _placed(placement, specs[f"layers/mlp/{name}_proj/kernel"], storage)
+        for name in ("up", "down")
+    )
+
+    def loss(x, weights):
+        def layer(x, weights):
+            up, down = weights
+            return x + matmul(jax.nn.silu(matmul(x, up)), down), None
+
+        y, _ = jax.lax.scan(jax.checkpoint(layer, prevent_cse=False), x, weights)
+        return jnp.sum(jnp.square(y.astype(jnp.float32)))
+
+    x = _array(placement, (tokens, MODEL["hidden_size"]), jnp.bfloat16)
+    return jax.jit(jax.grad(loss)).lower(x, (up, down)).compile()
+
+
+class _ByXla(Placement):
+    def kernel_for(self, leaf: Any, logical: Any, chip: str) -> str:
+        return ""
+
+
+def _placed(placement: Placement, spec: ParamSpec, storage: str) -> Any:
+    name, _, by = storage.partition("-")
+    own = _ByXla(placement.mesh, note) if by == "xla" else placement
+    return own.weight(_stored(spec, name), spec.axes, stacked=spec.layers is not None)
 
 
 def _stored(spec: ParamSpec, storage: str) -> Any:
@@ -199,6 +223,7 @@ def main() -> None:
     parser.add_argument("--chip", choices=CHIPS, default="v6e")
     parser.add_argument("--tokens", type=int, default=ROW)
     parser.add_argument("--kernels", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--mlp", action="store_true", help="only up and down, without an adapter")
     parser.add_argument("--keep", help="folder for the compiled programs' text")
     options = parser.parse_args()
     placement = placement_on(options.chip)
@@ -211,18 +236,23 @@ def main() -> None:
     print(
         f"# a million cycles of a layer, {options.chip}, {options.tokens} tokens, kernels {known}"
     )
-    print("| case | pass | " + " | ".join(KINDS) + " | all |")
-    print("| --- | --- |" + " ---: |" * (len(KINDS) + 1))
+    print("| case | pass | " + " | ".join(KINDS) + " | all | scratch, MiB |")
+    print("| --- | --- |" + " ---: |" * (len(KINDS) + 2))
     for case in options.cases:
         storage, _, rank = case.partition(":")
-        text = compile_layers(placement, storage, int(rank or 0), options.tokens)
+        if options.mlp:
+            compiled = compile_mlp(placement, storage, options.tokens)
+        else:
+            compiled = compile_layers(placement, storage, int(rank or 0), options.tokens)
+        text = compiled.as_text() or ""
+        scratch = compiled.memory_analysis().temp_size_in_bytes / 2**20
         if options.keep:
             Path(options.keep, f"{options.chip}-{case}-{options.tokens}.hlo").write_text(text)
         found = kinds_of(text, options.chip, known)
         for number, name in enumerate(("forward", "backward")):
             cycles = [found[kind][number] / 1e6 for kind in KINDS]
             row = " | ".join(f"{each:.2f}" for each in (*cycles, sum(cycles)))
-            print(f"| {case} | {name} | {row} |", flush=True)
+            print(f"| {case} | {name} | {row} | {scratch:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
