@@ -245,7 +245,8 @@ def main() -> None:
         else:
             compiled = compile_layers(placement, storage, int(rank or 0), options.tokens)
         text = compiled.as_text() or ""
-        scratch = compiled.memory_analysis().temp_size_in_bytes / 2**20
+        memory: Any = compiled.memory_analysis()
+        scratch = memory.temp_size_in_bytes / 2**20
         if options.keep:
             Path(options.keep, f"{options.chip}-{case}-{options.tokens}.hlo").write_text(text)
         found = kinds_of(text, options.chip, known)
