@@ -64,12 +64,13 @@ folder, threads, cache = sys.argv[1:]
 torch.set_num_threads(int(threads))
 model = transformers.AutoModelForCausalLM.from_pretrained(
     folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+model.generation_config.eos_token_id = None  # all tokens are written, whichever they are
 options = {} if cache == "dynamic" else {"cache_implementation": cache, "disable_compile": True}
 def turn(prompts, new):
     ids = torch.tensor(prompts)
     with torch.inference_mode():
         found = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                               max_new_tokens=new, min_new_tokens=new, pad_token_id=0, **options)
+                               max_new_tokens=new, pad_token_id=0, **options)
     return found[:, ids.shape[1]:].tolist()
 """
 
