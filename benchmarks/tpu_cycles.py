@@ -11,7 +11,9 @@ estimates: they rank programs, and are not times.
 """
 
 import argparse
+import functools
 import json
+import math
 import os
 import re
 import subprocess
@@ -42,8 +44,9 @@ from jaxlora.models.families.read import read_config
 from jaxlora.models.parameters import ParamSpec, describe
 from jaxlora.models.targets import targets_of_specs
 from jaxlora.models.transformer import Transformer, bind
+from jaxlora.ops import nf4
+from jaxlora.ops.dequantize_tpu import dequantize
 from jaxlora.ops.matmul import matmul
-from jaxlora.ops.quantize import dequantize
 from jaxlora.parallel.mesh import make_mesh
 from jaxlora.parallel.rules import Placement
 from jaxlora.planning.hlo import Array, Instruction, Module, arrays_of
@@ -203,17 +206,15 @@ def kernel_cycles(placement: Placement) -> dict[str, int]:
 
     libtpu counts the instructions of a kernel only where it is told to write a profile of them.
     """
-    found = {}
-    for storage in ("int4", "nf4"):
-        spec = describe(read_config(MODEL))["layers/mlp/up_proj/kernel"]
-        leaf = placement.weight(_stored(spec, storage), spec.axes, stacked=True)
-        layer = jax.tree.map(lambda x: _array(placement, x.shape[1:], x.dtype), leaf)
-        text = jax.jit(dequantize).lower(layer).compile().as_text() or ""
-        size = layer.shape[0] * layer.shape[1]
-        for each in text.splitlines():
+    found, shape = {}, (MODEL["hidden_size"], MODEL["intermediate_size"])
+    scales = _array(placement, (shape[0] // nf4.BLOCK, shape[1]), jnp.float32)
+    for kind, table in ((jnp.int4, None), (jnp.uint4, nf4.CODEBOOK)):
+        read = functools.partial(dequantize, dtype="bfloat16", table=table)
+        lowered = jax.jit(read).lower(_array(placement, shape, kind), scales)
+        for each in (lowered.compile().as_text() or "").splitlines():
             if "tpu_custom_call" in each and (estimate := _CYCLES.search(each)):
                 name = each.split("=")[0].split("%")[1].partition(".")[0]
-                found[name] = int(int(estimate[1]) * 2**20 / size)
+                found[name] = int(estimate[1]) * 2**20 // math.prod(shape)
     return found
 
 
