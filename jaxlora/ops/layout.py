@@ -1,7 +1,7 @@
 """Which mesh axes an array's logical axes are split over: one table for weights and activations."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from jax.sharding import PartitionSpec
@@ -58,6 +58,20 @@ def partition(
         last = named[-1]
         split[last] = _divided(mesh, (*split[last], also), shape[last]) or split[last]
     return PartitionSpec(*(mesh_axes or None for mesh_axes in split))
+
+
+def left_out(spec: PartitionSpec, mesh_axes: Collection[str]) -> PartitionSpec:
+    """Returns `spec` without these mesh axes.
+
+    >>> tuple(left_out(PartitionSpec(("fsdp", "tensor"), "fsdp"), ("fsdp",)))
+    ('tensor', None)
+    """
+    entries = []
+    for entry in spec:
+        # An entry is None, the name of a mesh axis or a tuple of names.
+        names = (entry,) if isinstance(entry, str) else entry or ()
+        entries.append(tuple(axis for axis in names if axis not in mesh_axes) or None)
+    return PartitionSpec(*entries)
 
 
 def _divided(mesh: Any, mesh_axes: tuple[str, ...], size: int) -> tuple[str, ...]:

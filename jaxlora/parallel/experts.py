@@ -10,12 +10,12 @@ import dataclasses
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlora.core import axes
 from jaxlora.models.moe import Spread, in_place
 from jaxlora.ops.arrays import QuantizedArray
-from jaxlora.ops.layout import RULES, partition, ways
+from jaxlora.ops.layout import RULES, left_out, partition, ways
 from jaxlora.parallel.rules import Placement
 
 _EXPERT = "expert"
@@ -34,10 +34,10 @@ def on_each_device(placement: Placement) -> Spread:
         split = parts > 1 and num_experts % parts == 0
         rows, tokens, _ = partition(mesh, (axes.BATCH, axes.SEQUENCE, None), x.shape)
         of_tokens = PartitionSpec(rows, tokens, None)
-        leaves = jax.tree.map(_gathered_before, leaves, is_leaf=_is_quantized)
         of_leaves = jax.tree.map(lambda leaf: PartitionSpec(_EXPERT if split else None), leaves)
 
         def share(leaves, x, logits, correction):
+            leaves = jax.tree.map(_of_a_share, leaves, is_leaf=_is_quantized)
             weights, experts = choose(logits, correction)
             if not split:
                 return compute(leaves, x, weights, experts)
@@ -70,8 +70,19 @@ def _is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, QuantizedArray)
 
 
-def _gathered_before(leaf: Any) -> Any:
-    """A leaf that asks for no sharding of its own: its packed parts are gathered at the door."""
-    if not isinstance(leaf, QuantizedArray):
+def _of_a_share(leaf: Any) -> Any:
+    """A leaf inside of `shard_map`: of the shardings it asks for, what is left to the compiler.
+
+    Its packed parts come gathered over the other axes. Over `tensor` the compiler would gather
+    unpacked numbers, see `Placement.weight`.
+    """
+    if not isinstance(leaf, QuantizedArray) or leaf.gathered is None:
         return leaf
-    return dataclasses.replace(leaf, gathered=None)
+    mesh = jax.sharding.get_abstract_mesh()
+    if len(mesh.manual_axes) == len(mesh.axis_names):
+        return dataclasses.replace(leaf, gathered=None)
+    gathered = tuple(
+        each and NamedSharding(mesh, left_out(each.spec, mesh.manual_axes))
+        for each in leaf.gathered
+    )
+    return dataclasses.replace(leaf, gathered=gathered)

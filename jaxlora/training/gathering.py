@@ -6,6 +6,7 @@ from typing import Any
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlora.lora import Target
+from jaxlora.ops.layout import left_out
 
 
 def gathered_pairs(
@@ -37,9 +38,5 @@ def _split(sharding: Any) -> bool:
 
 
 def _of_a_layer(sharding: NamedSharding, stacked: bool) -> NamedSharding:
-    entries = []
-    for entry in sharding.spec[1:] if stacked else sharding.spec:
-        # An entry is None, the name of a mesh axis or a tuple of names.
-        mesh_axes = (entry,) if isinstance(entry, str) else entry or ()
-        entries.append(tuple(axis for axis in mesh_axes if axis != "fsdp") or None)
-    return NamedSharding(sharding.mesh, PartitionSpec(*entries))
+    spec = PartitionSpec(*sharding.spec[1:]) if stacked else sharding.spec
+    return NamedSharding(sharding.mesh, left_out(spec, ("fsdp",)))

@@ -22,7 +22,8 @@ DEFAULT = (
     "lora:data=2,fsdp=2,tensor=2",
     "int4:fsdp=4,context=2",
     "nf4:fsdp=4,tensor=2",
-    "moe-int4:fsdp=2,expert=2,context=2",
+    "moe-nf4:fsdp=2,expert=2,context=2",
+    "moe-nf4:fsdp=2,tensor=2,context=2",
 )
 
 
