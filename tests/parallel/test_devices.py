@@ -140,4 +140,4 @@ def test_losses_on_every_layout_equal_one_device(record_property, row):
 @pytest.mark.parametrize("format", ["int4", "nf4"])
 def test_losses_with_the_tpus_kernel_equal_one_device(format):
     cases = [f"kernel-{format}:{mesh}" for mesh in ("fsdp=2,tensor=4", "data=2,fsdp=2,tensor=2")]
-    check(results_of(cases, steps=20), cases)
+    check(results_of(cases, steps=20, accumulation=1), cases)
