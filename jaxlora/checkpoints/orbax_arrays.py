@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,15 +57,26 @@ def load_arrays(path: Path, target: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _errors_told_once() -> Iterator[None]:
-    """Orbax logs, with pages of traceback, what it then raises."""
+    """Orbax logs, with pages of traceback, what it then raises.
+
+    The writes beside one that failed find its event loop closed when they end, which may be later
+    than here, and Python would print a traceback of each.
+    """
+    usual = sys.unraisablehook
+
+    def unless_late(problem: Any) -> None:
+        if str(problem.exc_value) != "Event loop is closed":
+            usual(problem)
 
     def is_news(record: logging.LogRecord) -> bool:
         return "raised an exception" not in record.getMessage()
 
     logger = logging.getLogger("absl")
     logger.addFilter(is_news)
+    sys.unraisablehook = unless_late
     try:
         yield
+        sys.unraisablehook = usual
     finally:
         logger.removeFilter(is_news)
 

@@ -48,8 +48,7 @@ def rope_frequencies(
 
     For ``dynamic`` and ``longrope`` these hold up to the original context; `rope_angles` switches.
     """
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = (1.0 / np.float32(theta) ** exponents).astype(np.float32)
+    frequencies = np.float32(1) / _periods(head_dim // 2, theta)
     if scaling is None or scaling.kind == "dynamic":
         return frequencies
     scaled = _SCALED[scaling.kind](frequencies, scaling, theta)
@@ -89,8 +88,14 @@ def _longrope(frequencies: np.ndarray, scaling: RopeScaling, theta: float) -> np
 
 
 def _divided(pairs: int, theta: float, divisors: tuple[float, ...]) -> np.ndarray:
+    return 1.0 / (np.asarray(divisors, np.float32) * _periods(pairs, theta))
+
+
+def _periods(pairs: int, theta: float) -> np.ndarray:
+    # Rounded once, as torch's powers are: NumPy's in float32 are one off in a seventh of the
+    # channels, which a position of 100,000 turns into a hundredth of a radian.
     exponents = np.arange(0, 2 * pairs, 2, dtype=np.float32) / np.float32(2 * pairs)
-    return 1.0 / (np.asarray(divisors, np.float32) * np.float32(theta) ** exponents)
+    return (np.float64(theta) ** exponents.astype(np.float64)).astype(np.float32)
 
 
 _SCALED = {"linear": _linear, "llama3": _llama3, "yarn": _yarn, "longrope": _longrope}
