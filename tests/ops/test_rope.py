@@ -16,6 +16,14 @@ def test_frequencies_are_powers_of_theta():
     np.testing.assert_allclose(rope_frequencies(4, 1e4, None), [1.0, 0.01], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("head_dim", "theta"), [(10, 1e4), (64, 1e4), (128, 1e4), (128, 5e5)])
+def test_frequencies_are_transformers_bit_for_bit(head_dim, theta):
+    # At 100,000 tokens one rounding of a frequency turns a pair by a hundredth of a radian.
+    torch = pytest.importorskip("torch")
+    theirs = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
+    np.testing.assert_array_equal(rope_frequencies(head_dim, theta, None), theirs.numpy())
+
+
 def test_linear_scaling_equals_nearer_positions():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 8, 2, 6)), jnp.float32)
     positions = jnp.arange(0, 32, 4)[None]
