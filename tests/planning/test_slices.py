@@ -49,7 +49,7 @@ RUNS = {
     "8b-1-rows": ("llama3-8b", "v5e:1x1", TABLES | {"micro_batch_size": 4}, 9.5),
     "8b-4": ("llama3-8b", "v5e:2x2", {}, 3.0),
     "mistral": ("mistral-7b", "v5e:2x2", LORA, 5.2),
-    "128k": ("llama3.1-8b", "v5p:2x2x4", LONG, 11.1),
+    "128k": ("llama3.1-8b", "v5p:2x2x4", LONG, 10.5),
     "70b": ("llama3-70b", "v5e:4x4", TABLES, 7.9),
 }
 
