@@ -125,7 +125,7 @@ class Both:
         return mean_loss
 
 
-def check_gradients(make_pair, variant, seed, tolerance=TOLERANCE):
+def check_gradients(make_pair, variant, seed):
     both = Both(make_pair, VARIANTS[variant], seed)
     tokens = np.random.default_rng(seed).integers(0, SIZES["vocab_size"], (2, 19))
     out = both.peft(torch.tensor(tokens), labels=torch.tensor(tokens))
@@ -138,7 +138,7 @@ def check_gradients(make_pair, variant, seed, tolerance=TOLERANCE):
         size = np.linalg.norm(wanted[path])
         assert size > 1e-4, path
         worst = max(worst, np.linalg.norm(gradient - wanted[path]) / size)
-    assert worst <= tolerance
+    assert worst <= TOLERANCE
     return worst
 
 
@@ -153,10 +153,7 @@ def test_loss_and_gradients_equal_peft(make_pair, variant):
 @pytest.mark.parametrize("seed", range(1, 6))
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_and_gradients_equal_peft_on_more_seeds(make_pair, variant, seed):
-    # One of the 30 is worse conditioned: lora with seed 4 has a token whose logits are 8e-6 from
-    # those of float64, where the others' are 1e-6, and gradients 1.9e-4 apart.
-    ill = (variant, seed) == ("lora", 4)
-    check_gradients(make_pair, variant, seed, 3e-4 if ill else TOLERANCE)
+    check_gradients(make_pair, variant, seed)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
