@@ -10,11 +10,9 @@ by pair. Nothing is reported unless all tokens of all rows are equal.
 """
 
 import argparse
-import datetime
 import json
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -171,27 +169,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--new", type=int, default=48, help="tokens to write")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--allow-busy", action="store_true", help="measure on a busy machine")
-    parser.add_argument("--no-write", action="store_true", help="print only")
-    options = parser.parse_args()
-    machine.check_quiet(options.allow_busy)
-    result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "command": machine.command(),
-        **machine.describe(),
-        "load_before": machine.load_now(),
-        "prompt": PROMPT,
-        "new": options.new,
-        "batches": measure(LLAMA_110M, options.new, options.rounds),
-    }
-    result["load_after"] = machine.load_now()
-    if not options.no_write:
-        machine.write("generate", result)
-    print(table(result))
+
+    def found(options: argparse.Namespace) -> dict[str, Any]:
+        batches = measure(LLAMA_110M, options.new, options.rounds)
+        return {"prompt": PROMPT, "new": options.new, "batches": batches}
+
+    machine.run("generate", parser, found, table)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(str(error))
+    main()

@@ -1,5 +1,7 @@
 """The machine a benchmark ran on, and whether it was quiet enough to measure anything."""
 
+import argparse
+import datetime
 import functools
 import importlib.metadata
 import json
@@ -9,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +80,28 @@ def command(data: Path | None = None) -> str:
     program, *arguments = sys.argv
     named = ["PATH" if data is not None and each == str(data) else each for each in arguments]
     return shlex.join(["python", f"benchmarks/{Path(program).name}", *named])
+
+
+def run(
+    name: str,
+    parser: argparse.ArgumentParser,
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    table: Callable[[dict[str, Any]], str],
+) -> None:
+    """The command of a benchmark: writes what `measure` found and prints it as a table."""
+    parser.add_argument("--allow-busy", action="store_true", help="measure on a busy machine")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    options = parser.parse_args()
+    result: dict[str, Any] = {"date": datetime.date.today().isoformat(), "command": command()}
+    try:
+        check_quiet(options.allow_busy)
+        result |= {**describe(), "load_before": load_now(), **measure(options)}
+    except UserError as error:
+        sys.exit(str(error))
+    result["load_after"] = load_now()
+    if not options.no_write:
+        write(name, result)
+    print(table(result))
 
 
 def write(name: str, result: dict[str, Any]) -> None:

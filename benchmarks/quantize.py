@@ -7,10 +7,8 @@ are equal. bitsandbytes is timed with one thread and with all, and the better of
 """
 
 import argparse
-import datetime
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -125,26 +123,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--allow-busy", action="store_true", help="measure on a busy machine")
-    parser.add_argument("--no-write", action="store_true", help="print only")
-    options = parser.parse_args()
-    machine.check_quiet(options.allow_busy)
-    result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "command": machine.command(),
-        **machine.describe(),
-        "load_before": machine.load_now(),
-        "size": options.size,
-        "dtypes": measure(options.size, options.rounds),
-    }
-    result["load_after"] = machine.load_now()
-    if not options.no_write:
-        machine.write("quantize", result)
-    print(table(result))
+
+    def found(options: argparse.Namespace) -> dict[str, Any]:
+        return {"size": options.size, "dtypes": measure(options.size, options.rounds)}
+
+    machine.run("quantize", parser, found, table)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(str(error))
+    main()

@@ -8,7 +8,6 @@ The quickstart measures its held-out loss and exact match before that line.
 """
 
 import argparse
-import datetime
 import os
 import statistics
 import subprocess
@@ -19,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import machine
-
-from jaxlora.core.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.yml"
@@ -116,25 +113,8 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--allow-busy", action="store_true", help="measure on a busy machine")
-    parser.add_argument("--no-write", action="store_true", help="print only")
-    options = parser.parse_args()
-    machine.check_quiet(options.allow_busy)
-    result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "command": machine.command(),
-        **machine.describe(),
-        "load_before": machine.load_now(),
-        "runs": measure(options.rounds),
-    }
-    result["load_after"] = machine.load_now()
-    if not options.no_write:
-        machine.write("startup", result)
-    print(table(result))
+    machine.run("startup", parser, lambda options: {"runs": measure(options.rounds)}, table)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(str(error))
+    main()
