@@ -1,16 +1,16 @@
 """Copies of large host arrays on all cores: turned round, or to another width, as they go."""
 
-import functools
 import math
 import mmap
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
+
+from jaxlora.ops.chunks import host_device
 
 _ALIGNMENT = 64  # bytes
 _CORES = os.cpu_count() or 1
@@ -60,18 +60,10 @@ def copy(target: np.ndarray, source: np.ndarray) -> None:
 
 def _turned(part: np.ndarray) -> np.ndarray:
     """A contiguous copy of a transposed array, where XLA's runtime can make one."""
-    cpu, width = _cpu(), part.dtype.itemsize
+    cpu, width = host_device(), part.dtype.itemsize
     if cpu is None or width > 4:  # JAX narrows wider words
         return part
     return np.asarray(jax.device_put(part.view(f"u{width}"), cpu)).view(part.dtype)
-
-
-@functools.cache
-def _cpu() -> Any:
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:  # JAX_PLATFORMS leaves it out
-        return None
 
 
 def _convert(target: np.ndarray, source: np.ndarray) -> None:

@@ -1,10 +1,13 @@
 """Work on one large host array in pieces: bounded memory, all cores, the same bits either way."""
 
+import functools
 import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import jax
 import numpy as np
 
 # Elements worked on at once by a thread: the float32 temporaries stay in the second-level cache.
@@ -36,3 +39,12 @@ def for_each(work: Callable[[int, int], None], ranges: list[tuple[int, int]]) ->
 
     with ThreadPoolExecutor(max(1, min(len(ranges), os.cpu_count() or 1))) as pool:
         list(pool.map(quiet, ranges))
+
+
+@functools.cache
+def host_device() -> Any:
+    """Returns the CPU that XLA's programs run on, None where ``JAX_PLATFORMS`` leaves it out."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None

@@ -17,22 +17,16 @@ from jaxtyping import Array, Float, UInt, UInt8
 from jaxlora.core.errors import UserError
 from jaxlora.ops.arrays import DoubleQuantized, take_rows
 from jaxlora.ops.chunks import for_each, split
+from jaxlora.ops.nf4_blocks import (
+    BLOCK,
+    CODEBOOK,
+    are_many,
+    hex_floats,
+    quantize_blocks,
+    quantize_many,
+)
 
-BLOCK = 64
 NESTED_BLOCK = 256
-
-
-def _table(literals: str) -> np.ndarray:
-    return np.array([float.fromhex(word) for word in literals.split()], np.float32)
-
-
-# Quantiles of a normal distribution, scaled to [-1, 1], with an exact zero (QLoRA, appendix E).
-CODEBOOK = _table("""
-    -0x1p0 -0x1.647362p-1 -0x1.0cd66p-1 -0x1.94654p-2
-    -0x1.23449ap-2 -0x1.7a6a7ep-3 -0x1.74f0e2p-4 0x0p0
-    0x1.45f5fep-4 0x1.4995c6p-3 0x1.f809bap-3 0x1.5a0674p-2
-    0x1.c3497p-2 0x1.200f56p-1 0x1.722766p-1 0x1p0
-""")
 
 # bitsandbytes' FP4: sign, two bits of exponent, one of mantissa, over the largest (12); -0 is 8.
 _FP4 = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
@@ -48,7 +42,7 @@ TABLES: dict[str, np.ndarray] = {
 
 # The positive half of bitsandbytes' signed dynamic map. Literals, because recomputing it outside
 # torch is off by one unit in the last place.
-_DYNAMIC_POSITIVE = _table("""
+_DYNAMIC_POSITIVE = hex_floats("""
     0x1.27476ep-21 0x1.b43528p-19 0x1.040bfep-17 0x1.64840cp-16 0x1.6f0068p-15 0x1.15df66p-14
     0x1.743e96p-14 0x1.47ae16p-13 0x1.19ce0ap-12 0x1.8fc506p-12 0x1.02de02p-11 0x1.3dd982p-11
     0x1.78d5p-11 0x1.b3d07cp-11 0x1.eecbfep-11 0x1.4fdf3ap-10 0x1.e353f8p-10 0x1.3b645ap-9
@@ -76,11 +70,6 @@ DYNAMIC_MAP = np.concatenate([-_DYNAMIC_POSITIVE[::-1], [0.0], _DYNAMIC_POSITIVE
     np.float32
 )
 
-# Codes change half-way between neighbours; a value on the boundary takes the lower code.
-_BOUNDARIES = (CODEBOOK[:-1] + CODEBOOK[1:]) / np.float32(2)
-# Magnitude that stands in for that of an all-zero block where it is divided by.
-_SMALLEST_ABSMAX = np.float32(1e-38)
-
 
 def quantize(
     weight: Float[np.ndarray, "I O"], *, double_quant: bool
@@ -97,38 +86,31 @@ def quantize(
         )
     values = np.empty((out_dim, in_dim // 2), np.uint8)
     absmax = np.empty(-(-out_dim * in_dim // BLOCK), np.float32)
-    packed, matrix = values.reshape(-1), weight.T
+    matrix = weight.T
+    if are_many(matrix):
+        quantize_many(matrix.reshape(-1, BLOCK), values.reshape(-1, BLOCK // 2), absmax)
+    else:
+        _quantize_rows(matrix, values.reshape(-1), absmax)
+    scales = absmax.reshape(out_dim, -1) if in_dim % BLOCK == 0 else absmax
+    return values, _double_quantize(scales) if double_quant else scales
+
+
+def _quantize_rows(
+    matrix: Float[np.ndarray, "O I"],
+    packed: UInt8[np.ndarray, " half"],
+    absmax: Float[np.ndarray, " blocks"],
+) -> None:
+    """Fills `packed` and `absmax`, a few rows at a time."""
+    in_dim = matrix.shape[1]
 
     def work(start: int, stop: int) -> None:
         first, last = start * in_dim, stop * in_dim
         flat = np.ascontiguousarray(matrix[start:stop], np.float32).reshape(-1)
         blocks = slice(first // BLOCK, -(-last // BLOCK))
-        packed[first // 2 : last // 2], absmax[blocks] = _quantize_blocks(flat)
+        packed[first // 2 : last // 2], absmax[blocks] = quantize_blocks(flat)
 
     # Cut where a row end is also a block end, so that the cuts cannot be seen in the result.
-    for_each(work, split(out_dim, in_dim, BLOCK // math.gcd(in_dim, BLOCK)))
-    scales = absmax.reshape(out_dim, -1) if in_dim % BLOCK == 0 else absmax
-    return values, _double_quantize(scales) if double_quant else scales
-
-
-def _quantize_blocks(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Packs a run of whole blocks; only the last block of the whole matrix may be short."""
-    whole = flat.size // BLOCK * BLOCK
-    blocks = flat[:whole].reshape(-1, BLOCK)
-    absmax = np.abs(blocks).max(axis=1)
-    inverse = np.float32(1) / np.maximum(absmax, _SMALLEST_ABSMAX)
-    scaled = (blocks * inverse[:, None]).reshape(-1)
-    if whole < flat.size:
-        # bitsandbytes divides here where it multiplies above, and stores the clamped magnitude.
-        last = np.maximum(np.abs(flat[whole:]).max(), _SMALLEST_ABSMAX)
-        scaled = np.concatenate([scaled, flat[whole:] / last])
-        absmax = np.append(absmax, last)
-    codes = np.zeros(scaled.size, np.uint8)
-    above = np.empty(scaled.size, bool)
-    for boundary in _BOUNDARIES:
-        np.greater(scaled, boundary, out=above)
-        codes += above.view(np.uint8)
-    return codes[::2] << 4 | codes[1::2], absmax
+    for_each(work, split(len(matrix), in_dim, BLOCK // math.gcd(in_dim, BLOCK)))
 
 
 def _double_quantize(scales: np.ndarray) -> DoubleQuantized:

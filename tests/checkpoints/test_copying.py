@@ -35,7 +35,7 @@ def test_a_copy_is_numpys(stored, wanted, turned):
 
 
 def test_a_matrix_is_turned_round_where_there_is_no_cpu_device(monkeypatch):
-    monkeypatch.setattr(copying, "_cpu", lambda: None)
+    monkeypatch.setattr(copying, "host_device", lambda: None)
     source = np.arange(6000, dtype=np.float32).reshape(60, 100)
     target = np.empty((100, 60), np.float32)
     copying.copy(target, source.T)

@@ -5,7 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxlora.ops import nf4
+from jaxlora.ops import nf4, nf4_blocks
 from jaxlora.ops.quantize import dequantize, quantize
 
 torch = pytest.importorskip("torch")
@@ -108,6 +108,16 @@ def test_nf4_equals_bitsandbytes_at_every_magnitude(shape, dtype, scale, double_
     check_nf4(random_weight(shape, dtype=dtype, scale=scale), double_quant=double_quant)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1e-38, 1e-36, 1e-30, 1e-7, 1, 1e4, 1e30, 1e37])
+def test_compiled_nf4_equals_bitsandbytes_at_every_magnitude(dtype, scale, monkeypatch):
+    monkeypatch.setattr(nf4_blocks, "_PIECE", 64)
+    monkeypatch.setattr(nf4_blocks, "_MANY", 64)
+    if torch.tensor(4.5 * scale, dtype=dtype).isinf():
+        pytest.skip("beyond the dtype")
+    check_nf4(random_weight((75, 128), dtype=dtype, scale=scale), double_quant=False, read=False)
+
+
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("shape", [(6, 64), (5, 34)])
 def test_nf4_bytes_equal_bitsandbytes_below_normal_float32(shape, double_quant):
@@ -121,7 +131,11 @@ def test_nf4_bytes_equal_bitsandbytes_below_normal_float32(shape, double_quant):
         np.testing.assert_allclose(read_back(ours, "float32").T, theirs, rtol=0, atol=1.2e-38)
 
 
-def test_nf4_ties_equal_bitsandbytes():
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nf4_ties_equal_bitsandbytes(compiled, monkeypatch):
+    if compiled:
+        monkeypatch.setattr(nf4_blocks, "_PIECE", 4)
+        monkeypatch.setattr(nf4_blocks, "_MANY", 4)
     boundaries = (nf4.CODEBOOK[:-1] + nf4.CODEBOOK[1:]) / np.float32(2)
     near = [np.nextafter(boundaries, np.float32(side), dtype=np.float32) for side in (-2, 2)]
     row = np.concatenate([[1.0], boundaries, *near, np.zeros(18)]).astype(np.float32)
