@@ -17,10 +17,12 @@ pytestmark = [
     ),
 ]
 
-# model, keys, most GB: the goal of 7.5 for 8B; of 70B, whose goal was 45, what was measured.
+SMALL_STATES = TABLES | {"optimizer": "adamw_bnb_8bit"}
+# model, keys, most GB: the goals of 7.5 for 8B and 45 for 70B, which int4's scales exceed.
 RUNS = {
     "8b": ("llama3-8b", TABLES, 7.5),
-    "70b": ("llama3-70b", TABLES | {"optimizer": "adamw_bnb_8bit"}, 46.2),
+    "70b": ("llama3-70b", SMALL_STATES, 46.2),
+    "70b, nf4": ("llama3-70b", SMALL_STATES | {"quantization": "nf4"}, 45.0),
 }
 
 
@@ -36,4 +38,5 @@ def test_large_models_fit_a_card_and_their_codes_are_there_once(tmp_path, name):
     for _, instruction in module.instructions():
         if instruction.opcode in ("fusion", "copy", "transpose"):
             for array in arrays_of(instruction.type):
-                assert array.dtype != "s4" or array.nbytes < largest, instruction.line[:200]
+                codes = array.dtype in ("s4", "u8")
+                assert not codes or array.nbytes < largest, instruction.line[:200]
