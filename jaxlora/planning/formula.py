@@ -10,6 +10,7 @@ import jax
 
 from jaxlora.ops.arrays import QuantizedArray
 from jaxlora.ops.loss import tokens_per_chunk
+from jaxlora.parallel.head import SplitHead
 from jaxlora.parallel.head_shares import shares_over_context
 from jaxlora.planning.compiled import describe
 from jaxlora.planning.estimate import Estimate, Memory, Traffic, bytes_per_device
@@ -97,7 +98,7 @@ def _workspace(program: Program) -> float:
     chunk = min(max(tokens_per_chunk(cfg.vocab_size), rows), tokens)
     loss = _LOGIT_COPIES * 4.0 * chunk * cfg.vocab_size / split + 3 * tokens * stream * number
     layer = _LAYER_COPIES * tokens * number * (stream + attention + wide)
-    return max(loss, layer + _unpacked(program)) + _head(program)
+    return max(loss, layer + _unpacked(program)) + _head(program, chunk)
 
 
 def _unpacked(program: Program) -> float:
@@ -111,11 +112,17 @@ def _unpacked(program: Program) -> float:
     return number * sum(sizes[-2:])
 
 
-def _head(program: Program) -> float:
-    """The head, where it is gathered from several devices."""
-    mesh = program.shape.placement.mesh.shape
-    head = program.shape.cfg.vocab_size * program.shape.cfg.embed_dim / mesh["tensor"]
-    return head * program.shape.transformer.dtype.itemsize if mesh["fsdp"] > 1 else 0.0
+def _head(program: Program, chunk: int) -> float:
+    """What a head whose numbers are split over `fsdp` takes beside them while it is used."""
+    mesh, cfg = program.shape.placement.mesh, program.shape.cfg
+    fsdp, number = mesh.shape["fsdp"], program.shape.transformer.dtype.itemsize
+    head = cfg.vocab_size * cfg.embed_dim * number / mesh.shape["tensor"]
+    if fsdp == 1:
+        return 0.0
+    if not SplitHead(mesh, cfg).splits:  # the compiler gathers it
+        return head
+    # Its numbers change places; a chunk's hidden states of all rows, and their gradient.
+    return head / fsdp + 2 * fsdp * chunk * cfg.embed_dim * number
 
 
 def _traffic(program: Program) -> tuple[Traffic, ...]:

@@ -10,6 +10,7 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from test_leaves import KEYS, QLORA
+from test_slices import MODELS
 
 from jaxlora.cli import main
 from jaxlora.config.load import load_config
@@ -236,6 +237,26 @@ def test_heads_over_context_are_in_a_formula_as_in_a_program():
     heads = 3 * 2 * (2 + 1) * cfg.head_dim * 4
     assert sent.payload_bytes == cfg.num_layers * tokens.size * heads
     assert sent.sent_bytes == sent.payload_bytes * 7 / 8
+
+
+def test_a_head_over_fsdp_stays_split_in_a_formula_as_in_a_program(tmp_path):
+    """Of a vocabulary whose head would be most of the workspace."""
+    sizes = {"hidden_size": 512, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 16384}
+    published = json.loads((MODELS / "llama3-8b" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(published | sizes))
+    keys = {**INT4, "base_model": str(tmp_path)}
+    program = make_program(load_config(keys | {"micro_batch_size": 8}), jax.devices())
+    mesh = AbstractMesh((1, 4, 1, 1, 1), MESH_AXES)
+    rows = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    batch = {"tokens": note(program.batch["tokens"], rows)}
+    placement: Any = SimpleNamespace(mesh=mesh)
+    shape = dataclasses.replace(program.shape, placement=placement)
+    program = dataclasses.replace(program, shape=shape, batch=batch)
+    made = formula.estimate(program, topology="", hardware=HARDWARE["v5e"]).memory
+    split = plan(load_config(keys | {"mesh": {"fsdp": 4}}), parse("cpu:4")).memory
+    # 27 and 25 MiB; the head alone has 32.
+    assert made.workspace == pytest.approx(split.workspace, rel=0.2)
 
 
 def test_changes_make_room_the_cheapest_first():
