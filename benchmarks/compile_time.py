@@ -7,16 +7,13 @@ nothing is allocated but what the compiler needs.
 """
 
 import argparse
-import datetime
 import statistics
-import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import machine
 
-from jaxlora.core.errors import UserError
 from jaxlora.lora import LoraConfig
 from jaxlora.models.config import ModelConfig
 from jaxlora.models.families.read import read_config
@@ -121,25 +118,15 @@ def measure(cfg: ModelConfig) -> dict[str, float]:
     return {"trace_s": traced - started, "compile_s": compiled - traced, "lines": lines}
 
 
-def run(rounds: int, allow_busy: bool) -> dict:
+def measure_all(rounds: int) -> dict[str, dict[int, list[dict[str, float]]]]:
     """Measures every model at every depth, in turns."""
-    machine.check_quiet(allow_busy)
-    before = machine.load_now()
-    found = {name: {layers: [] for layers in DEPTHS} for name in MODELS}
+    found: dict[str, dict[int, list]] = {name: {layers: [] for layers in DEPTHS} for name in MODELS}
     measure(make_config(next(iter(MODELS)), 2))  # the first pays for imports
     for _ in range(rounds):
         for name, by_depth in found.items():
             for layers, measured in by_depth.items():
                 measured.append(measure(make_config(name, layers)))
-    return {
-        "date": datetime.date.today().isoformat(),
-        **machine.describe(),
-        "command": machine.command(),
-        "load_before": before,
-        "load_after": machine.load_now(),
-        "sizes": {"rows": ROWS, "tokens": TOKENS, "rank": RANK, "models": MODELS},
-        "measured": found,
-    }
+    return found
 
 
 def table(result: dict) -> str:
@@ -160,17 +147,15 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--allow-busy", action="store_true")
-    options = parser.parse_args()
-    result = run(options.rounds, options.allow_busy)
-    machine.write("compile-time", result)
-    print(table(result))
+    sizes = {"rows": ROWS, "tokens": TOKENS, "rank": RANK, "models": MODELS}
+
+    def found(options: argparse.Namespace) -> dict:
+        return {"sizes": sizes, "measured": measure_all(options.rounds)}
+
+    machine.run("compile-time", parser, found, table)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(str(error))
+    main()

@@ -11,7 +11,6 @@ two (ours: threads of the tokenizer; theirs: `num_proc=2`). Writes
 """
 
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -156,8 +155,18 @@ def check_data(data: Path) -> None:
             raise UserError(f"--data: {data / name} is missing; see the top of this file.")
 
 
-def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """All measurements of this file."""
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns all measurements of this file.
+
+    Raises:
+      UserError: an input is missing, or a measurement failed.
+    """
+    check_data(options.data)
+    with tempfile.TemporaryDirectory() as work:
+        return {"measured": _measured(options, Path(work))}
+
+
+def _measured(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     tokenizer = options.data / "tokenizers" / "llama2"
     with zipfile.ZipFile(options.data / "e2e" / "e2e-dataset.zip") as archive:
         name = next(each for each in archive.namelist() if each.endswith("trainset.csv"))
@@ -181,26 +190,15 @@ def measure(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures, writes the result and prints it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory-gb", type=float, default=0, help="size of the large file")
-    parser.add_argument("--allow-busy", action="store_true")
-    options = parser.parse_args()
-    try:
-        check_data(options.data)
-        machine.check_quiet(options.allow_busy)
-        before = machine.load_now()
-        with tempfile.TemporaryDirectory() as work:
-            found = measure(options, Path(work))
-    except UserError as error:
-        sys.exit(f"data_speed: {error}")
-    date = datetime.date.today().isoformat()
-    about = {"date": date, "command": machine.command(options.data), **machine.describe()}
-    result = {**about, "load_before": before, "load_after": machine.load_now(), **found}
-    machine.write("data-speed", result)
-    print(json.dumps(found, indent=1))
+
+    def table(result: dict[str, Any]) -> str:
+        return json.dumps(result["measured"], indent=1)
+
+    machine.run("data-speed", parser, measure, table)
 
 
 if __name__ == "__main__":

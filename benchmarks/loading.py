@@ -2,14 +2,14 @@
 
     python benchmarks/loading.py [--layers 4] [--rounds 5] [--allow-busy]
 
-Every measurement is a process of its own, and the two sides take turns. A load ends when every page
-of the weights is in the process: transformers maps the file, so it is made to read one number of
-every KiB. What either side imports is imported before. Peaks are measured apart from times, in an
-allocator that gives back what is freed.
+The same bfloat16 file is loaded as it is, as float32 (what CPUs train in; both sides then make
+memory of their own), and quantized. Every measurement is a process of its own, and the two sides
+take turns. A load ends when every page of the weights is in the process: transformers maps the
+file, so it is made to read one number of every KiB. What either side imports is imported before.
+Peaks are measured apart from times, in an allocator that gives back what is freed.
 """
 
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import checkpoint_files as files
 import machine
@@ -26,7 +27,7 @@ from jaxlora.checkpoints.load import load_params, read_model_config
 from jaxlora.core.errors import UserError
 
 # Ours and theirs: plain, and quantized to nf4 (double quantization) while loading.
-PAIRS = {"bfloat16": ("ours plain", "theirs plain"), "nf4": ("ours nf4", "theirs nf4")}
+WAYS = ("bfloat16", "float32", "nf4")
 ALONE = ("ours int4", "ours int8")
 # glibc's per-thread arenas keep freed memory; a program of one arena shows what is needed.
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072"}
@@ -41,11 +42,12 @@ from jaxlora.checkpoints.load import QuantSpec, load_params, read_model_config
 from jaxlora.ops.quantize import quantize
 folder, way = Path(sys.argv[1]), sys.argv[2]
 cfg, _ = read_model_config(folder)
-spec = None if way == "plain" else QuantSpec(way)
+plain = way in ("bfloat16", "float32")
+dtype, spec = (way, None) if plain else ("bfloat16", QuantSpec(way))
 quantize(np.ones((64, 64), np.float32), "int4")
 jax.numpy.zeros(3)
 before, started, cpu = peak(), time.monotonic(), time.process_time()
-params = jax.block_until_ready(load_params(folder, cfg, dtype="bfloat16", quantization=spec))
+params = jax.block_until_ready(load_params(folder, cfg, dtype=dtype, quantization=spec))
 took, cpu = time.monotonic() - started, time.process_time() - cpu
 bits = lambda x: 4 if x.dtype == jax.numpy.int4 else 8 * x.dtype.itemsize
 held = sum(x.size * bits(x) // 8 for x in jax.tree.leaves(params))
@@ -54,16 +56,18 @@ print(json.dumps({"s": took, "cpu_s": cpu, "growth": peak() - before, "held": he
 THEIRS = """
 import json, sys, time, torch, transformers
 folder, way = sys.argv[1:]
-options = {} if way == "plain" else {"quantization_config": transformers.BitsAndBytesConfig(
-    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype=torch.bfloat16)}
+dtype, options = torch.float32 if way == "float32" else torch.bfloat16, {}
+if way == "nf4":
+    options["quantization_config"] = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16)
 transformers.utils.logging.disable_progress_bar()
 if options:
     import bitsandbytes
 transformers.LlamaForCausalLM, torch.zeros(3).sum()
 before, started, cpu = peak(), time.monotonic(), time.process_time()
 model = transformers.AutoModelForCausalLM.from_pretrained(
-    folder, dtype=torch.bfloat16, local_files_only=True, **options)
+    folder, dtype=dtype, local_files_only=True, **options)
 took = time.monotonic() - started
 touched = sum(float(p.reshape(-1)[::512].float().sum()) for p in model.parameters())
 print(json.dumps({"s": time.monotonic() - started, "cpu_s": time.process_time() - cpu,
@@ -76,7 +80,7 @@ def peak():  # resident bytes, mapped file pages included
 """
 
 
-def measure(folder: Path, case: str, *, peak: bool = False) -> dict:
+def load(folder: Path, case: str, *, peak: bool = False) -> dict:
     """Returns seconds, peak growth and held bytes of one load in a process of its own.
 
     `peak` measures the growth, at the expense of the time.
@@ -87,12 +91,7 @@ def measure(folder: Path, case: str, *, peak: bool = False) -> dict:
         [sys.executable, "-c", program, str(folder), way],
         capture_output=True,
         text=True,
-        env={
-            **os.environ,
-            **(ALLOCATOR if peak else {}),
-            "JAX_PLATFORMS": "cpu",
-            "HF_HUB_OFFLINE": "1",
-        },
+        env={**os.environ, **(ALLOCATOR if peak else {}), **OFFLINE},
         check=False,
     )
     if done.returncode:
@@ -125,59 +124,42 @@ def refusals() -> dict[str, float]:
     return seconds
 
 
-def run(layers: int, rounds: int, allow_busy: bool) -> dict:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Returns everything measured."""
-    machine.check_quiet(allow_busy)
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "command": machine.command(),
-        "machine": machine.describe(),
-        "load_before": machine.load_now(),
-    }
-    config = files.LLAMA_1B | {"num_hidden_layers": layers}
+    config = files.LLAMA_1B | {"num_hidden_layers": options.layers}
+    cases: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        result["stored"] = files.write_random(folder, config)
-        result["largest_tensor"] = 2 * max(a * b for a, b in _matrices(config))
-        cases: dict[str, list[dict]] = {}
-        for pair in PAIRS.values():
-            for _ in range(rounds):
-                for case in pair:
-                    cases.setdefault(case, []).append(measure(folder, case))
+        stored = files.write_random(folder, config)
+        for way in WAYS:
+            for _ in range(options.rounds):
+                for case in (f"ours {way}", f"theirs {way}"):
+                    cases.setdefault(case, []).append(load(folder, case))
         for case in ALONE:
-            cases[case] = [measure(folder, case)]
-        peaks = {case: measure(folder, case, peak=True)["growth"] for case in cases}
-    result |= {
+            cases[case] = [load(folder, case) for _ in range(options.rounds)]
+        peaks = {case: load(folder, case, peak=True)["growth"] for case in cases}
+    return {
+        "stored": stored,
+        "largest_tensor": 2 * max(a * b for a, b in _matrices(config)),
         "cases": cases,
         "peaks": peaks,
         "refusals_s": refusals(),
-        "load_after": machine.load_now(),
+        "ratios": {way: _ratio(cases[f"ours {way}"], cases[f"theirs {way}"]) for way in WAYS},
     }
-    result["ratios"] = {
-        kind: statistics.median(
-            other["s"] / mine["s"] for mine, other in zip(cases[ours], cases[theirs], strict=True)
-        )
-        for kind, (ours, theirs) in PAIRS.items()
-    }
-    return result
+
+
+def _ratio(ours: list[dict], theirs: list[dict]) -> float:
+    return statistics.median(b["s"] / a["s"] for a, b in zip(ours, theirs, strict=True))
 
 
 def _matrices(config: dict) -> list[tuple[int, ...]]:
     return [shape for shape in files.shapes(config).values() if len(shape) == 2]
 
 
-def table(result: dict) -> str:
-    """Returns the result as a Markdown table with its circumstances."""
+def table(result: dict[str, Any]) -> str:
+    """Returns the result as a Markdown table."""
     mib = 2**20
-    busy = min(result["load_before"]["idle_share"], result["load_after"]["idle_share"]) < 0.8
     lines = [
-        f"### {result['date']}",
-        "",
-        f"- hardware: {result['machine']['hardware']}"
-        + (" **Busy: other programs ran, times are provisional.**" if busy else ""),
-        f"- load average before {result['load_before']['load_average'][0]}, after "
-        f"{result['load_after']['load_average'][0]}",
-        f"- commit: {result['machine']['commit']}; command: `{result['command'].strip()}`",
         f"- checkpoint: {result['stored'] / mib:,.0f} MiB in bfloat16, largest tensor "
         f"{result['largest_tensor'] / mib:,.0f} MiB",
         "",
@@ -205,18 +187,11 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=4, help="4 layers are 0.6 GB")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--allow-busy", action="store_true")
-    options = parser.parse_args()
-    result = run(options.layers, options.rounds, options.allow_busy)
-    machine.write("loading", result)
-    print(table(result))
+    machine.run("loading", parser, measure, table)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(str(error))
+    main()

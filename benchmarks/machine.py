@@ -87,14 +87,24 @@ def run(
     parser: argparse.ArgumentParser,
     measure: Callable[[argparse.Namespace], dict[str, Any]],
     table: Callable[[dict[str, Any]], str],
+    *,
+    timed: bool = True,
 ) -> None:
-    """The command of a benchmark: writes what `measure` found and prints it as a table."""
-    parser.add_argument("--allow-busy", action="store_true", help="measure on a busy machine")
+    """The command of a benchmark: writes what `measure` found and prints it as a table.
+
+    A busy machine is refused where something is timed; the folder ``--data`` is called PATH.
+    """
+    if timed:
+        parser.add_argument("--allow-busy", action="store_true", help="measure on a busy machine")
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
-    result: dict[str, Any] = {"date": datetime.date.today().isoformat(), "command": command()}
+    result: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "command": command(getattr(options, "data", None)),
+    }
     try:
-        check_quiet(options.allow_busy)
+        if timed:
+            check_quiet(options.allow_busy)
         result |= {**describe(), "load_before": load_now(), **measure(options)}
     except UserError as error:
         sys.exit(str(error))

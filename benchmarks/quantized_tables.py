@@ -12,8 +12,6 @@ matter; about four minutes on two quiet cores. Writes
 """
 
 import argparse
-import datetime
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -107,34 +105,34 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of the model and the data")
-    parser.add_argument("--steps", type=int, default=150, help="of each run")
-    options = parser.parse_args()
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Trains every task from every seed, with and without.
+
+    Raises:
+      UserError: an input is missing.
+    """
     for name in (f"{MODEL}/config.json", ALPACA):
         if not (options.data / name).is_file():
-            sys.exit(f"--data: {options.data / name} is missing; give the folder of real inputs.")
-    result: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "command": machine.command(options.data),
-        **machine.describe(),
-        "steps": options.steps,
-        "tasks": {},
-    }
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            for task, keys in tasks(options.data, Path(folder), options.steps).items():
-                found = result["tasks"][task] = {}
-                for seed in SEEDS:
-                    for stored in STORED:
-                        name = f"{stored}, {seed}"
-                        found[name] = run(keys, stored, seed, Path(folder) / task / name)
-                        print(task, name, f"{found[name]['held_out_after']:.4f}", flush=True)
-    except UserError as error:
-        sys.exit(str(error))
-    machine.write("quantized-tables", result)
-    print(table(result))
+            raise UserError(
+                f"--data: {options.data / name} is missing; give the folder of real inputs."
+            )
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for task, keys in tasks(options.data, Path(folder), options.steps).items():
+            runs = found[task] = {}
+            for seed in SEEDS:
+                for stored in STORED:
+                    name = f"{stored}, {seed}"
+                    runs[name] = run(keys, stored, seed, Path(folder) / task / name)
+                    print(task, name, f"{runs[name]['held_out_after']:.4f}", flush=True)
+    return {"steps": options.steps, "tasks": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of the model and the data")
+    parser.add_argument("--steps", type=int, default=150, help="of each run")
+    machine.run("quantized-tables", parser, measure, table, timed=False)
 
 
 if __name__ == "__main__":

@@ -72,8 +72,6 @@ def _convert(target: np.ndarray, source: np.ndarray) -> None:
         target.view(word)[...] = source.view(word)
     elif target.dtype == np.float32 and source.dtype == ml_dtypes.bfloat16:
         # A bfloat16 is the upper half of a float32.
-        words = target.view(np.uint32)
-        words[...] = source.view(np.uint16)
-        words <<= np.uint32(16)
+        np.left_shift(source.view(np.uint16), np.uint32(16), out=target.view(np.uint32))
     else:
         target[...] = source
