@@ -13,8 +13,8 @@ from jaxlora.ops.attention_chunked import chunked_attention
 from jaxlora.ops.attention_cudnn import CudnnAttention
 from jaxlora.ops.attention_splash import SplashAttention
 
-# From here on chunks were 1.4 to 3 times faster on a CPU (docs/decisions.md), and always leaner.
-_CPU_CHUNKED_FROM = 512
+# From here on chunks are faster on a CPU, up to four times (benchmarks/LOG.md), and always leaner.
+_CPU_CHUNKED_FROM = 64
 # A GPU or TPU without a kernel for the model: larger products, fewer turns of the loop.
 _DEVICE_CHUNK = 256
 
