@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from jaxlora.training.host_memory import release_freed_blocks
+
 # Work of no usual length: downloads, loading, compilation.
 UNTIMED = frozenset({"setup", "compile"})
 _REMEMBERED = 32
@@ -69,8 +71,8 @@ class Phases:
         self._charge()
         return dict(self._seconds)
 
-    def compiling(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function; its first call, which compiles, counts as ``compile``."""
+    def compiling(self, function: Any) -> Callable[..., Any]:
+        """The same jitted function; its first call, which compiles, counts as ``compile``."""
         done = False
 
         def call(*arguments: Any) -> Any:
@@ -78,6 +80,8 @@ class Phases:
             if done:
                 return function(*arguments)
             with self("compile"):
+                function.lower(*arguments).compile()  # kept by JAX: the call finds it
+                release_freed_blocks()
                 result = jax.block_until_ready(function(*arguments))
             done = True
             return result

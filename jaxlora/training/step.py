@@ -65,7 +65,7 @@ def batch_loss(
     batch: Batch,
     *,
     head_trains: bool = True,
-    mesh: Any = None,
+    placed: Tree | None = None,
 ) -> Float[Array, ""]:
     """Returns the sum of the weighted losses in nats of a ``[rows, T]`` batch.
 
@@ -76,15 +76,24 @@ def batch_loss(
       params: what it binds.
       batch: of rows.
       head_trains: whether anything between the last hidden states and the logits trains.
-      mesh: of devices that share the rows: each has chunks of its own.
+      placed: shardings of what trains, whose devices share the rows: each has chunks of its own.
     """
-    head = SplitHead(mesh, transformer.cfg)
+    head = SplitHead(_mesh(placed), transformer.cfg)
     read = _read(transformer, params, batch, head)
-    return _loss(transformer, head, *read, head_trains=head_trains)
+    chunk = tokens_per_chunk(transformer.cfg.vocab_size, _platform(placed))
+    return _loss(transformer, head, chunk, *read, head_trains=head_trains)
 
 
 def _loss(
-    transformer: Transformer, head: SplitHead, model, hidden, targets, weights, *, head_trains: bool
+    transformer: Transformer,
+    head: SplitHead,
+    chunk: int,
+    model,
+    hidden,
+    targets,
+    weights,
+    *,
+    head_trains: bool,
 ) -> Float[Array, ""]:
     row_shards = 1 if head.mesh is None else batch_shards(head.mesh)
     return chunked_cross_entropy(
@@ -93,9 +102,7 @@ def _loss(
         targets,
         weights,
         # What is gathered for a chunk is gathered once for all devices: it has a share of each.
-        chunk_tokens=tokens_per_chunk(transformer.cfg.vocab_size)
-        * row_shards
-        * transformer.context,
+        chunk_tokens=chunk * row_shards * transformer.context,
         parts=transformer.context,
         head_trains=head_trains,
     )
@@ -104,6 +111,11 @@ def _loss(
 def _mesh(placed: Tree | None) -> Any:
     """The devices that share the rows of a batch, by where what trains lies; None for one."""
     return getattr(next(iter(jax.tree.leaves(placed)), None), "mesh", None)
+
+
+def _platform(placed: Tree | None) -> str:
+    first = next(iter(jax.tree.leaves(placed)), None)
+    return jax.default_backend() if first is None else next(iter(first.device_set)).platform
 
 
 def trains_head(transformer: Transformer, trainable: Tree) -> bool:
@@ -137,7 +149,6 @@ def make_train_step(
     placed = jax.tree.map(lambda x: x.sharding, like)
     gathered = gathered_pairs(placed[0]["adapter"], targets)
     head_trains = trains_head(transformer, like[0])
-    mesh = _mesh(placed)
 
     def step(trainable, opt_state, frozen, batch: Batch, number: Int[Array, ""]):
         step_key = jax.random.fold_in(seed_key, number)
@@ -145,11 +156,7 @@ def make_train_step(
         def loss_of(trainable, micro_batch, key):
             params = weights(trainable, frozen, targets, key, gathered)
             return batch_loss(
-                transformer,
-                params,
-                micro_batch,
-                head_trains=head_trains,
-                mesh=mesh,
+                transformer, params, micro_batch, head_trains=head_trains, placed=placed
             )
 
         def add_micro_batch(sums, inputs):
@@ -194,6 +201,7 @@ def make_eval_step(
     placed = jax.tree.map(lambda x: x.sharding, {"adapter": {}} if like is None else like)
     gathered = gathered_pairs(placed["adapter"], targets)
     head = SplitHead(_mesh(placed), transformer.cfg)
+    chunk = tokens_per_chunk(transformer.cfg.vocab_size, _platform(placed))
 
     @jax.jit
     def step(trainable, frozen, batch: Batch):
@@ -205,7 +213,7 @@ def make_eval_step(
             if labels:
                 said = jnp.argmax(model.logits(hidden), axis=-1)
                 confusion = confusion.at[wanted, said].add(counted)
-            more = _loss(transformer, head, *read, head_trains=True)
+            more = _loss(transformer, head, chunk, *read, head_trains=True)
             return (loss + more, confusion), None
 
         zeros = (jnp.zeros((), jnp.float32), jnp.zeros((labels, labels), jnp.float32))

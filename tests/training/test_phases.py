@@ -3,6 +3,8 @@
 import contextlib
 import time
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxlora.training.phases import Phases
@@ -36,14 +38,33 @@ def test_time_belongs_to_the_innermost_phase_and_sums_to_what_passed(clocked):
 def test_the_first_call_compiles_and_later_ones_do_not(clocked):
     phases, now = clocked
 
-    def work(seconds):
-        now[0] += seconds
-        return seconds
+    class Work:
+        def __call__(self, seconds):
+            now[0] += seconds
+            return seconds
 
-    step = phases.compiling(work)
+        def lower(self, seconds):
+            now[0] += 10
+            return jax.jit(jnp.negative).lower(seconds)
+
+    step = phases.compiling(Work())
     with phases("step"):
         assert [step(5.0), step(1.0), step(2.0)] == [5.0, 1.0, 2.0]
-    assert phases.seconds() == {"setup": 0, "step": 3, "compile": 5}
+    assert phases.seconds() == {"setup": 0, "step": 3, "compile": 15}
+
+
+def test_what_is_compiled_before_the_first_call_is_not_compiled_again():
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **more: compiled.append(more) if "backend_compile" in name else None
+    )
+    # A number of its own: no other test has compiled this.
+    step = Phases().compiling(jax.jit(lambda x: x * 1.2345, donate_argnums=0))
+    x = jax.block_until_ready(jnp.ones(7))
+    compiled.clear()
+    for _ in range(3):
+        x = step(x)
+    assert len(compiled) == 1
 
 
 def test_the_usual_length_is_the_median_of_what_was(clocked):
