@@ -53,8 +53,8 @@ def chunked_attention(
     q = q.reshape(batch, length, k.shape[2], -1, head_dim).transpose(0, 2, 3, 1, 4)
     k, v = (each.transpose(0, 2, 1, 3) for each in (k, v))
     sinks = None if sinks is None else sinks.astype(jnp.float32).reshape(k.shape[1], -1)
-    y = _attend(form, q, k, v, visible, sinks).transpose(0, 3, 1, 2, 4)
-    return y.reshape(batch, length, num_heads, v.shape[-1])
+    y: Any = _attend(form, q, k, v, visible, sinks)
+    return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, num_heads, v.shape[-1])
 
 
 class _Group(NamedTuple):
