@@ -46,7 +46,9 @@ def train_s(config: Path, cache: Path, *overrides: str) -> dict[str, float]:
     Raises:
       RuntimeError: the command ended before it trained.
     """
-    env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMP")}
+    # What pip installs is compiled to byte code; of these sources the first run keeps it too.
+    left_out = ("JAX_COMP", "PYTHONDONTWRITEBYTECODE")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     with tempfile.TemporaryDirectory() as output:
         process = subprocess.Popen(
             [*_command(), "train", str(config), f"--output_dir={output}/run", *overrides],

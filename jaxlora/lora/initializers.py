@@ -80,6 +80,8 @@ def random_pair(
     """
     rank = np.array(ranks).reshape((len(ranks),) + (1,) * (len(lead) + 1) if lead else (1, 1))
     a, b = _RANDOM[init](key, (*lead, in_dim, max(ranks)), (*lead, max(ranks), out_dim), rank)
+    if min(ranks) == max(ranks):
+        return a, b
     used = np.arange(max(ranks))
     return jnp.where(used < rank, a, 0.0), jnp.where(used[:, None] < rank, b, 0.0)
 

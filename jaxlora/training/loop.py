@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.checkpoints.remote import Mirror
@@ -124,7 +123,8 @@ class Run:
     ):
         config, model = plan.config, plan.model
         self.plan, self.origin, self.phases, self.interrupts = plan, origin, phases, interrupts
-        optimizer, self.schedule = make_tx(config, trainable, model.specs, plan.total_steps)
+        optimizer, schedule = make_tx(config, trainable, model.specs, plan.total_steps)
+        self.schedule = jax.jit(schedule)
         self.state = TrainState(
             trainable,
             init_optimizer(optimizer, trainable, model.placement),
@@ -295,5 +295,5 @@ class Run:
         rate = self.schedule(max(step - 1 - skipped.total, 0))
         return values | {
             "epoch": step / self.plan.steps_per_epoch,
-            "learning_rate": float(jnp.asarray(rate)),
+            "learning_rate": float(rate),
         }
