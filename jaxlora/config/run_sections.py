@@ -81,7 +81,8 @@ class TrainingKeys(Section):
     remat: Literal["auto", "none", "matmuls", "attention", "full", "offload"] | None = None
     """(jaxlora) What is recomputed: nothing; what is cheap (matmuls); the MLP too (attention); all;
     all, with the inputs of layers in host memory (offload). auto: as little as fits the device, by
-    compiling. null: as `gradient_checkpointing` says, auto if it says nothing."""
+    compiling; on a CPU at least what is cheap. null: as `gradient_checkpointing` says, auto if it
+    says nothing."""
     attn_implementation: Implementation = "auto"
     """Attention: reference (all scores at once, also eager), chunked, cudnn (NVIDIA GPUs) or splash
     (TPUs); auto and Axolotl's other names: the fastest that device and model allow."""

@@ -11,7 +11,7 @@ from jaxlora.config.schema import Config
 from jaxlora.planning import compiled, formula
 from jaxlora.planning.advice import changes
 from jaxlora.planning.estimate import Estimate
-from jaxlora.planning.ladder import LADDER, climb_down, room_bytes
+from jaxlora.planning.ladder import climb_down, ladder_of, room_bytes
 from jaxlora.planning.program import make_program
 from jaxlora.planning.topology import Topology
 
@@ -40,7 +40,8 @@ def account(
 
     if derived.remat_policy(config) == "auto":
         here = devices if topology.local else ()
-        config, made, text = _settled(config, estimate, room_bytes(topology.hardware, here))
+        room = room_bytes(topology.hardware, here)
+        config, made, text = _settled(config, estimate, room, ladder_of(topology.hardware.platform))
     else:
         made, text = estimate(config)
     if not made.fits:
@@ -50,7 +51,10 @@ def account(
 
 
 def _settled(
-    config: Config, estimate: Callable[..., tuple[Estimate, str]], room: int
+    config: Config,
+    estimate: Callable[..., tuple[Estimate, str]],
+    room: int,
+    policies: Sequence[str],
 ) -> tuple[Config, Estimate, str]:
     """A configuration with the policy that `auto` stands for, its estimate and its program."""
     made: dict[str, tuple[Estimate, str]] = {}
@@ -67,12 +71,12 @@ def _settled(
         try:
             made[remat] = estimate(with_policy(remat))
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) or remat == LADDER[-1]:
+            if "RESOURCE_EXHAUSTED" not in str(error) or remat == policies[-1]:
                 raise
             return None
         return made[remat][0].memory.total
 
-    choice = climb_down(least, needed, room)
+    choice = climb_down(least, needed, room, policies)
     found, text = made[choice.remat]
     config = with_policy(choice.remat)
     return config, dataclasses.replace(found, remat_choice=choice.words), text

@@ -12,6 +12,10 @@ from jaxlora.planning.report import size
 # From most speed to least memory: on an H100, 8B LoRA in bfloat16, `matmuls` reached 14,430
 # tokens/s, `attention` 12,626 and `full` 11,855 (benchmarks/README.md).
 LADDER = ("none", "matmuls", "attention", "full")
+# On a CPU what is cheap is as soon computed again as written and read: `matmuls` takes a half to
+# three quarters of the scratch of `none`, at 0.97 (1M parameters) to 1.17 (110M, bfloat16) of
+# its speed (benchmarks/LOG.md).
+_CPU_LADDER = LADDER[1:]
 # Of a device's memory. The compiler's figure was within 0.2 % of an H100's; the rest is for what
 # runs beside the step, evaluation and copies. On a CPU that is Python, and other programs; there
 # the figure was up to 7.3 % too low (docs/planning.md).
@@ -101,14 +105,23 @@ def _size(rung: Rung) -> str:
     return "more than its compiler has" if rung.nbytes is None else size(rung.nbytes)
 
 
-def obvious(likely: Callable[[str], int], room: int) -> Choice | None:
+def ladder_of(platform: str) -> tuple[str, ...]:
+    """Returns the policies that are worth having on a platform, the fastest first.
+
+    >>> ladder_of("cpu"), ladder_of("tpu")[0]
+    (('matmuls', 'attention', 'full'), 'none')
+    """
+    return _CPU_LADDER if platform == "cpu" else LADDER
+
+
+def obvious(likely: Callable[[str], int], room: int, top: str) -> Choice | None:
     """Returns the choice where none has to be compiled to see it: the top, with room to spare.
 
     Args:
       likely: bytes of one device with a policy, by formula.
       room: from `room_bytes`.
+      top: of `ladder_of`.
     """
-    top = LADDER[0]
     guess = likely(top)
     if room and guess > _SURELY * room:
         return None
@@ -116,7 +129,10 @@ def obvious(likely: Callable[[str], int], room: int) -> Choice | None:
 
 
 def climb_down(
-    least: Callable[[str], int], compiled: Callable[[str], int | None], room: int
+    least: Callable[[str], int],
+    compiled: Callable[[str], int | None],
+    room: int,
+    policies: Sequence[str],
 ) -> Choice:
     """Returns the first policy that fits, or the last of all.
 
@@ -125,12 +141,14 @@ def climb_down(
         is not compiled.
       compiled: bytes by the compiler, None for more than it has itself.
       room: from `room_bytes`.
+      policies: from `ladder_of`.
     """
     rungs = []
+    top, *_, last = policies
     if not room:
-        return Choice((Rung(LADDER[0], compiled(LADDER[0]), "compiled"),), room)
-    for remat in LADDER:
-        if (bound := least(remat)) > room and remat != LADDER[-1]:
+        return Choice((Rung(top, compiled(top), "compiled"),), room)
+    for remat in policies:
+        if (bound := least(remat)) > room and remat != last:
             rungs.append(Rung(remat, bound, "formula"))
             continue
         rungs.append(Rung(remat, nbytes := compiled(remat), "compiled"))

@@ -39,18 +39,21 @@ def choose(plan: Plan, say: Callable[[str], None]) -> None:
         return processes.exchange("remat", compiled.needed_bytes(program_of(plan)))[0]
 
     room = processes.on_first("room", lambda: ladder.room_bytes(hardware_of(here[0]), here))
-    choice = ladder.obvious(lambda remat: by_formula(remat).total, room)
+    policies = ladder.ladder_of(mesh.devices.flat[0].platform)
+    choice = ladder.obvious(lambda remat: by_formula(remat).total, room, policies[0])
     if choice is None:
         asked = answers.question(
             plan.config, program, room, {"segments": plan.batches.most_segments}
         )
         choice = _recalled(asked)
         if choice is None:
-            choice = ladder.climb_down(lambda remat: by_formula(remat).least, by_compiler, room)
+            choice = ladder.climb_down(
+                lambda remat: by_formula(remat).least, by_compiler, room, policies
+            )
             if processes.is_first():
                 answers.remember(asked, choice)
     transformer.remat = choice.remat
-    if plan.config.remat or choice.remat != ladder.LADDER[0]:  # asked for, or not as ever
+    if plan.config.remat or choice.remat != policies[0]:  # asked for, or not as ever
         say(choice.words)
 
 

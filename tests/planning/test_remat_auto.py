@@ -17,7 +17,15 @@ from jaxlora.parallel import processes
 from jaxlora.planning import account as accounts
 from jaxlora.planning import answers, compiled, ladder
 from jaxlora.planning.hardware import HARDWARE, Hardware
-from jaxlora.planning.ladder import LADDER, Choice, Rung, climb_down, obvious, room_bytes
+from jaxlora.planning.ladder import (
+    LADDER,
+    Choice,
+    Rung,
+    climb_down,
+    ladder_of,
+    obvious,
+    room_bytes,
+)
 from jaxlora.planning.program import program_of
 from jaxlora.planning.remat import choose
 from jaxlora.planning.topology import parse
@@ -32,7 +40,7 @@ NEEDED = {"none": 80, "matmuls": 50, "attention": 30, "full": 20}
 )
 def test_the_first_policy_that_fits_is_taken_and_none_below_it_compiled(room, taken, programs):
     compiled_, least = [], lambda remat: 0
-    choice = climb_down(least, lambda remat: compiled_.append(remat) or NEEDED[remat], room)
+    choice = climb_down(least, lambda remat: compiled_.append(remat) or NEEDED[remat], room, LADDER)
     assert choice.remat == taken
     assert compiled_ == list(LADDER[:programs])
     assert ("though" in choice.words) == (room < NEEDED["full"])
@@ -40,26 +48,36 @@ def test_the_first_policy_that_fits_is_taken_and_none_below_it_compiled(room, ta
 
 def test_what_cannot_fit_by_formula_is_not_compiled_but_the_last_is():
     compiled_ = []
-    choice = climb_down(NEEDED.get, lambda remat: compiled_.append(remat) or 90, 25)
+    choice = climb_down(NEEDED.get, lambda remat: compiled_.append(remat) or 90, 25, LADDER)
     assert compiled_ == ["full"]
     assert [each.method for each in choice.rungs] == ["formula"] * 3 + ["compiled"]
     assert choice.words.endswith("over 0.0 MiB)")
     compiled_.clear()
-    assert climb_down(lambda remat: 30, lambda remat: None, 25).remat == "full"
+    assert climb_down(lambda remat: 30, lambda remat: None, 25, LADDER).remat == "full"
 
 
 def test_a_compiler_without_room_for_a_policy_is_no_error():
     choice = climb_down(
-        lambda remat: 0, lambda remat: None if remat == "none" else NEEDED[remat], 60
+        lambda remat: 0, lambda remat: None if remat == "none" else NEEDED[remat], 60, LADDER
     )
     assert choice.remat == "matmuls"
     assert "none more than its compiler has" in choice.words
 
 
 def test_nothing_is_compiled_where_a_quarter_of_the_room_is_enough():
-    assert obvious(NEEDED.get, 320) == Choice((Rung("none", 80, "formula"),), 320)
-    assert obvious(NEEDED.get, 319) is None
-    assert obvious(NEEDED.get, 0).remat == "none", "unknown memory"
+    assert obvious(NEEDED.get, 320, "none") == Choice((Rung("none", 80, "formula"),), 320)
+    assert obvious(NEEDED.get, 319, "none") is None
+    assert obvious(NEEDED.get, 0, "none").remat == "none", "unknown memory"
+
+
+def test_a_cpu_never_keeps_everything(run):
+    assert ladder_of("cpu") == ("matmuls", "attention", "full")
+    assert ladder_of("gpu") == ladder_of("tpu") == LADDER
+    plan = make_plan(load_config({**run, "remat": None}))
+    choose(plan, lambda text: pytest.fail(f"as ever, and yet it says {text}"))
+    assert plan.model.transformer.remat == "matmuls"
+    for room in (0, 80):
+        assert climb_down(lambda remat: 0, NEEDED.get, room, ladder_of("cpu")).remat == "matmuls"
 
 
 def test_devices_of_one_host_share_its_memory_and_an_accelerator_says_what_it_has():
@@ -114,12 +132,14 @@ def steps_compiled(folder):
 
 def test_what_fits_is_compiled_once_and_the_answer_is_kept(run, tmp_path, monkeypatch, capsys):
     config = load_config(run)
-    most = compiled.needed_bytes(program_of(make_plan(config)))
-    assert steps_compiled(tmp_path) == 1, "a base in 4 bits, nothing recomputed"
+    plan = make_plan(config)
+    plan.model.transformer.remat = "matmuls"
+    most = compiled.needed_bytes(program_of(plan))
+    assert steps_compiled(tmp_path) == 1, "a base in 4 bits, what is cheap recomputed"
     monkeypatch.setattr(ladder, "room_bytes", lambda *devices: most - 1)
 
     api.train(config)
-    assert "remat: auto takes matmuls: it needs " in capsys.readouterr().out
+    assert "remat: auto takes attention: it needs " in capsys.readouterr().out
     assert steps_compiled(tmp_path) == 2, "the run has found the program of the choice"
 
     def never(program):
@@ -132,8 +152,8 @@ def test_what_fits_is_compiled_once_and_the_answer_is_kept(run, tmp_path, monkey
 
     monkeypatch.setattr(compiled, "needed_bytes", never)
     remat, said = chosen(learning_rate=2e-3, output_dir=str(tmp_path / "again"))
-    assert remat == "matmuls"
-    assert said[0].startswith("remat: auto takes matmuls: it needs ")
+    assert remat == "attention"
+    assert said[0].startswith("remat: auto takes attention: it needs ")
     for other in ({"micro_batch_size": 2}, {"lora_dropout": 0.1}, {"optimizer": "lion"}):
         with pytest.raises(AssertionError, match="compiled again"):
             chosen(**other)
@@ -144,7 +164,7 @@ def test_process_0_decides_for_all(run, monkeypatch):
     monkeypatch.setattr(ladder, "_SURELY", 0)
     monkeypatch.setattr(compiled, "needed_bytes", lambda program: 1)
     plan = make_plan(load_config(run))
-    of_process_0 = {"none": 10**9 + 1, "matmuls": 10**9}
+    of_process_0 = {"matmuls": 10**9 + 1, "attention": 10**9}
 
     def exchange(name, value):
         return [of_process_0[plan.model.transformer.remat], value]
@@ -152,13 +172,14 @@ def test_process_0_decides_for_all(run, monkeypatch):
     monkeypatch.setattr(processes, "exchange", exchange)
     said = []
     choose(plan, said.append)
-    assert plan.model.transformer.remat == "matmuls", "though none would fit here"
+    assert plan.model.transformer.remat == "attention", "though matmuls would fit here"
     assert said == [
-        "remat: auto takes matmuls: it needs 0.93 GiB of 0.93 GiB on each device (none 0.93 GiB)"
+        "remat: auto takes attention: it needs 0.93 GiB of 0.93 GiB on each device "
+        "(matmuls 0.93 GiB)"
     ]
 
 
-# Process 1 believes that nothing fits, process 0 that all does but `none`.
+# Process 1 believes that nothing fits, process 0 that all does but `matmuls`.
 OF_PROCESS = """
 import os, sys, time
 from jaxlora.config.load import load_config
@@ -174,7 +195,7 @@ ladder._SURELY = 0
 def measured(program):
     nbytes, policy = needed(program), program.shape.transformer.remat
     print("compiled", policy, nbytes > 0)
-    return 10**15 if number == "1" or policy == "none" else nbytes
+    return 10**15 if number == "1" or policy == "matmuls" else nbytes
 
 compiled.needed_bytes = measured
 plan = make_plan(load_config(file))
@@ -196,9 +217,9 @@ def test_two_processes_compile_together_and_take_the_same(run, tmp_path):
     for each in done:
         said = each.stdout.splitlines()
         compiled_ = [line for line in said if line.startswith("compiled ")]
-        assert compiled_ == ["compiled none True", "compiled matmuls True"]
-        assert "takes matmuls" in said
-    assert "remat: auto takes matmuls: it needs " in done[0].stdout
+        assert compiled_ == ["compiled matmuls True", "compiled attention True"]
+        assert "takes attention" in said
+    assert "remat: auto takes attention: it needs " in done[0].stdout
 
 
 def test_an_answer_is_whole_or_not_there(tmp_path, monkeypatch):
@@ -233,8 +254,8 @@ def test_a_plan_says_what_auto_takes_and_advises_from_there(monkeypatch):
         return accounts.account(config, devices, here, compiles=False)[0]
 
     auto = config.model_copy(update={"remat": "auto"})
-    full, all_ = (planned(config.model_copy(update={"remat": r}), 0) for r in ("full", "none"))
-    assert planned(auto, all_.memory.total).remat == "none"
+    full, top = (planned(config.model_copy(update={"remat": r}), 0) for r in ("full", "matmuls"))
+    assert planned(auto, top.memory.total).remat == "matmuls"
     tight = planned(auto, full.memory.total)
     assert tight.remat == "full"
     assert tight.remat_choice.startswith("remat: auto takes full: it needs")
