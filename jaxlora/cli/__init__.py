@@ -28,8 +28,8 @@ says which), 3 a loss that is not finite, 4 a device's memory is too small, 75 s
 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1 (a run saves its state first).
 """
 
-# New objects between two searches for cycles, instead of 700. Importing and tracing make a million
-# that stay: searching them again and again was a sixth of the CPU seconds to a first step.
+# New objects between two searches for cycles, instead of 700. Importing and tracing make half a
+# million that stay: searching them again and again was a sixth of the CPU seconds to a first step.
 _OBJECTS_PER_SEARCH = 100_000
 
 _COMPILING = ("train", "evaluate", "generate", "chat", "classify", "merge", "verify", "bench")
