@@ -2,23 +2,18 @@
 
     python benchmarks/tpu_cycles.py [--chip v6e] [--tokens 2048] [--mlp] CASE ...
 
-CASE is STORAGE:RANK, for example int4:16; STORAGE is bf16, int4, nf4 or int8, with ``-xla`` behind
-it for dequantization by XLA in place of the kernel. Nothing runs and no TPU is needed: the forward
-pass and the backward pass of four layers (all of a layer computed again) are compiled, attention
-left out. For a kernel libtpu says nothing here; it counts as the larger of the cycles of its
-instructions and of its bytes at the memory's bandwidth. These are
-estimates: they rank programs, and are not times.
+CASE is STORAGE:RANK, for example int4:16; STORAGE is bf16, int4, nf4 or int8, with ``-first``
+behind it for a matrix that a kernel dequantizes before the product, ``-xla`` for one that XLA does.
+Nothing runs and no TPU is needed: the forward pass and the backward pass of four layers (all of a
+layer computed again) are compiled, attention left out. For a kernel libtpu says nothing here; it
+counts as the larger of the cycles of its instructions (`tpu_kernels`) and of its bytes at the
+memory's bandwidth. These are estimates: they rank programs, and are not times.
 """
 
 import argparse
-import functools
-import json
-import math
+import dataclasses
 import os
 import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,14 +22,12 @@ from jaxlora.planning.topology import environment, parse
 
 if __name__ == "__main__":  # libtpu reads these when JAX first looks for it
     os.environ.update(environment(parse("v5e:1x1"), os.environ))
-    if "--kernels" in sys.argv:
-        folder = tempfile.mkdtemp()
-        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_static_llo_profile_to={folder}"
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.stages import Compiled
+from tpu_kernels import CHIPS, CYCLES, cycles_of, measured
 
 from jaxlora import lora
 from jaxlora.checkpoints.load import QuantSpec
@@ -44,8 +37,6 @@ from jaxlora.models.families.read import read_config
 from jaxlora.models.parameters import ParamSpec, describe
 from jaxlora.models.targets import targets_of_specs
 from jaxlora.models.transformer import Transformer, bind
-from jaxlora.ops import nf4
-from jaxlora.ops.dequantize_tpu import dequantize
 from jaxlora.ops.matmul import matmul
 from jaxlora.parallel.mesh import make_mesh
 from jaxlora.parallel.rules import Placement
@@ -65,11 +56,7 @@ MODEL = {
     "max_position_embeddings": 8192,
     "rope_theta": 5e5,
 }
-# Bytes of memory in a cycle: the bandwidth of the data sheet over the clock, which follows from the
-# data sheet's arithmetic (v5e: four units of 128 x 128 at 1.5 GHz, v6e: four of 256 x 256 at 1.75).
-CHIPS = {"v5e": 546, "v6e": 937}
 KINDS = ("products", "narrow products", "unpacking", "other")
-_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
 def placement_on(chip: str) -> Placement:
@@ -135,7 +122,8 @@ class _ByXla(Placement):
 def _placed(placement: Placement, spec: ParamSpec, storage: str) -> Any:
     name, _, by = storage.partition("-")
     own = _ByXla(placement.mesh, note) if by == "xla" else placement
-    return own.weight(_stored(spec, name), spec.axes, stacked=spec.layers is not None)
+    leaf = own.weight(_stored(spec, name), spec.axes, stacked=spec.layers is not None)
+    return dataclasses.replace(leaf, product=False) if by == "first" else leaf
 
 
 def _stored(spec: ParamSpec, storage: str) -> Any:
@@ -152,29 +140,36 @@ def _no_attention(q, k, v, visible, **options):
     return q + jnp.repeat(k + v, q.shape[2] // k.shape[2], axis=2)
 
 
-def kinds_of(text: str, chip: str, kernel_cycles: dict[str, int]) -> dict[str, list[int]]:
+def kinds_of(text: str, chip: str, known: dict[str, Any]) -> dict[str, list[int]]:
     """Returns cycles of one layer, forward and backward, by kind of operation.
 
     Args:
       text: of a compiled program.
       chip: key of `CHIPS`.
-      kernel_cycles: of the instructions of a kernel of this name for 2**20 elements.
+      known: of kernels, by `tpu_kernels`.
     """
     module = Module(text)
     found = {kind: [0, 0] for kind in KINDS}
     bodies = [name for name in module.computations if module.runs.get(name, 0) >= LAYERS]
     for name in bodies:
         lines = module.computations[name]
+        types_of = {each.name: each.type for each in lines}
         backward = any("transpose(jvp" in each.line for each in lines)
         for each in lines:
             if "tpu_custom_call" in each.line:
-                size = arrays_of(each.type)[0].size
-                bytes_moved = size * (2 + 0.5 + 4 / 64)
-                computed = size / 2**20 * kernel_cycles[each.name.partition(".")[0]]
-                found["unpacking"][backward] += int(max(bytes_moved / CHIPS[chip], computed))
-            elif estimate := _CYCLES.search(each.line):
+                called = each.name.partition(".")[0]
+                kind = "products" if "product" in called else "unpacking"
+                types = [each.type, *(types_of[name] for name in _operands(each))]
+                arrays = [arrays_of(type_)[0] for type_ in types]
+                found[kind][backward] += cycles_of(called, arrays, chip, known)
+            elif estimate := CYCLES.search(each.line):
                 found[_kind(module, each)][backward] += int(estimate[1])
     return found
+
+
+def _operands(call: Instruction) -> list[str]:
+    inside = re.search(r"custom-call\(([^)]*)\)", call.line)
+    return re.findall(r"%([\w.\-]+)", inside[1]) if inside else []
 
 
 def _kind(module: Module, found: Instruction) -> str:
@@ -201,39 +196,17 @@ def _inside(module: Module, found: Instruction) -> Iterator[Instruction]:
             yield from _inside(module, each)
 
 
-def kernel_cycles(placement: Placement) -> dict[str, int]:
-    """Returns the cycles of the kernels' instructions for 2**20 elements, by libtpu's profile.
-
-    libtpu counts the instructions of a kernel only where it is told to write a profile of them.
-    """
-    found, shape = {}, (MODEL["hidden_size"], MODEL["intermediate_size"])
-    scales = _array(placement, (shape[0] // nf4.BLOCK, shape[1]), jnp.float32)
-    for kind, table in ((jnp.int4, None), (jnp.uint4, nf4.CODEBOOK)):
-        read = functools.partial(dequantize, dtype="bfloat16", table=table)
-        lowered = jax.jit(read).lower(_array(placement, shape, kind), scales)
-        for each in (lowered.compile().as_text() or "").splitlines():
-            if "tpu_custom_call" in each and (estimate := _CYCLES.search(each)):
-                name = each.split("=")[0].split("%")[1].partition(".")[0]
-                found[name] = int(estimate[1]) * 2**20 // math.prod(shape)
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE")
     parser.add_argument("--chip", choices=CHIPS, default="v6e")
     parser.add_argument("--tokens", type=int, default=ROW)
-    parser.add_argument("--kernels", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--mlp", action="store_true", help="only up and down, without an adapter")
     parser.add_argument("--keep", help="folder for the compiled programs' text")
     options = parser.parse_args()
     placement = placement_on(options.chip)
-    if options.kernels:
-        print(json.dumps(kernel_cycles(placement)))
-        return
-    command = [sys.executable, __file__, "--kernels", "--chip", options.chip]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    known = json.loads(done.stdout.splitlines()[-1])
+    formats = {re.split("[:-]", case)[0] for case in options.cases} & {"int4", "nf4"}
+    known = measured(options.chip, min(options.tokens, 2048), sorted(formats))
     print(
         f"# a million cycles of a layer, {options.chip}, {options.tokens} tokens, kernels {known}"
     )

@@ -60,6 +60,8 @@ class QuantizedArray:
       kernel: what dequantizes it: ``""`` for XLA, ``"tpu"`` for `jaxlora.ops.dequantize_tpu`,
         ``"interpret"`` for the same kernel in Python (tests). With a kernel the values of `CODED`
         formats are ``[..., in, out]`` uint4.
+      product: whether products with many tokens unpack it as they go (`jaxlora.ops.product_tpu`);
+        only with a kernel, on one device.
     """
 
     values: Any
@@ -71,6 +73,7 @@ class QuantizedArray:
     groups: Int[Stored, "..."] | None = None
     packed: bool = dataclasses.field(default=False, metadata={"static": True})
     kernel: str = dataclasses.field(default="", metadata={"static": True})
+    product: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:

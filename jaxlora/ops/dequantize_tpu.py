@@ -20,7 +20,7 @@ from jaxlora.ops.arrays import CODED, FOUR_BIT, DoubleQuantized, QuantizedArray
 _GROUPS = 8
 # Rows of a block where all rows share a scale, and how many elements a block has at most.
 _ROWS, _ELEMENTS = 512, 2**19
-_LANES = 128
+LANES = 128
 # A v5e holds int4's scales, one for each element, in its fast memory; there XLA reads as few bytes.
 _INT4_CHIPS = ("TPU v6", "TPU7")
 # Rows of a tile of 4-bit integers: whole ones can be taken out of a block, or a half.
@@ -75,7 +75,7 @@ def dequantize(
       sharding: of values, scales and result, on a mesh: each device unpacks its own part.
       interpret: runs the kernel in Python, on any device (tests).
     """
-    lanes = jnp.resize(jnp.arange(16.0) if table is None else table, (1, _LANES))
+    lanes = lanes_of(table)
     unpack = functools.partial(
         _unpack, dtype=jnp.dtype(dtype), look_up=table is not None, interpret=interpret
     )
@@ -102,14 +102,13 @@ def _unpack(
     together = min(_GROUPS, scales.shape[0])
     group = rows // scales.shape[0] if together > 1 else min(rows, _ROWS)
     high = together * group
-    wide = max(min(columns, _ELEMENTS // high) // _LANES, 1) * _LANES
+    wide = max(min(columns, _ELEMENTS // high) // LANES, 1) * LANES
 
     def kernel(codes: Any, by: Any, table: Any, out: Any) -> None:
         for number in range(together):
             at = slice(number * group, (number + 1) * group)
-            whole = codes[at, :].astype(jnp.int32)
-            numbers = _look_up(table[...], whole) if look_up else whole.astype(jnp.float32)
-            out[at, :] = (numbers * by[number : number + 1, :]).astype(out.dtype)
+            numbers = table[...] if look_up else None
+            out[at, :] = unpacked(codes[at, :], by[number : number + 1, :], numbers, out.dtype)
 
     def block(height: int, one: bool = False) -> Any:
         return pl.BlockSpec((height, wide), lambda i, j: (0 if one else i, j))
@@ -120,7 +119,7 @@ def _unpack(
         in_specs=[
             block(high),
             block(together, one=together == 1),
-            pl.BlockSpec((1, _LANES), lambda i, j: (0, 0)),
+            pl.BlockSpec((1, LANES), lambda i, j: (0, 0)),
         ],
         out_specs=block(high),
         out_shape=jax.ShapeDtypeStruct((rows, columns), dtype),
@@ -129,11 +128,25 @@ def _unpack(
     )(values, scales, lanes)
 
 
+def lanes_of(table: np.ndarray | None) -> Float[Array, "1 lanes"]:
+    """Returns a table as wide as a register, for `unpacked`; what is in it where there is none, no
+    kernel reads.
+    """
+    return jnp.resize(jnp.arange(16.0) if table is None else table, (1, LANES))
+
+
+def unpacked(codes: Any, by: Any, table: Any, dtype: Any) -> Any:
+    """Inside a kernel: the numbers of one group of rows, ``[1, columns]`` scales."""
+    whole = codes.astype(jnp.int32)
+    numbers = whole.astype(jnp.float32) if table is None else _look_up(table, whole)
+    return (numbers * by).astype(dtype)
+
+
 def _look_up(table: Any, codes: Any) -> Any:
     """``table[codes]``; a gather is one instruction where both are as wide as a register."""
-    rows = jnp.broadcast_to(table, (codes.shape[0], _LANES))
+    rows = jnp.broadcast_to(table, (codes.shape[0], LANES))
     parts = [
-        jnp.take_along_axis(rows, codes[:, at : at + _LANES], 1, mode="promise_in_bounds")
-        for at in range(0, codes.shape[1], _LANES)
+        jnp.take_along_axis(rows, codes[:, at : at + LANES], 1, mode="promise_in_bounds")
+        for at in range(0, codes.shape[1], LANES)
     ]
     return jnp.concatenate(parts, axis=1)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxlora.core.errors import UserError
 from jaxlora.ops.arrays import LoraArray, PatchedArray, QuantizedArray, Weight
 from jaxlora.ops.dots import contract, matrix_product
-from jaxlora.ops.quantize import dequantize, gather
+from jaxlora.ops.quantize import dequantize, gather, multiplies, multiply
 
 
 def matmul(
@@ -119,6 +119,8 @@ def _dora_gain(weight: LoraArray, merged: Float[Array, "*lead I O"]) -> Float[Ar
 
 @jax.custom_vjp
 def _quantized_matmul(x, weight):
+    if multiplies(x, weight):
+        return multiply(x, weight)
     return contract("...I,IO->...O", x, dequantize(weight, x.dtype))
 
 
@@ -129,6 +131,8 @@ def _quantized_forward(x, weight):
 
 
 def _quantized_backward(weight, dy):
+    if multiplies(dy, weight):
+        return multiply(dy, weight, turned=True), None
     return contract("...O,IO->...I", dy, dequantize(weight, dy.dtype)), None
 
 
@@ -177,18 +181,26 @@ _coded_matmul.defvjp(_coded_forward, _coded_backward)
 
 
 def _lora_matmul(x, w: LoraArray):
+    bias = None if w.bias is None else (w.scale * w.bias).astype(x.dtype)
+    if w.key is None and isinstance(w.base, QuantizedArray) and _together(x, w):
+        y: Any = _joint_matmul(x, w.base, w.a, w.b, w.scale, w.gathered)
+        y = y if bias is None else y + bias
+        return y if w.magnitude is None else _gain(w, x.dtype) * y
     base = matmul(x, w.base)
     dropped = x if w.key is None else _dropout(x, w.key, w.dropout)
     low_rank: Any = _low_rank_matmul(dropped, w.a, w.b, w.scale, w.gathered)
-    if w.bias is not None:
-        low_rank = low_rank + (w.scale * w.bias).astype(x.dtype)
+    low_rank = low_rank if bias is None else low_rank + bias
     if w.magnitude is None:
         return base + low_rank
-    gain = _dora_gain(w, _merged(w, materialize(w.base))).astype(x.dtype)
+    gain = _gain(w, x.dtype)
     if w.key is None:
         return gain * (base + low_rank)
     # With dropout PEFT drops the input of the rescaled base too; so do we, to train the same model.
     return base + (gain - 1) * matmul(dropped, w.base) + gain * low_rank
+
+
+def _gain(w: LoraArray, dtype):
+    return _dora_gain(w, _merged(w, materialize(w.base))).astype(dtype)
 
 
 def _dropout(x, key, rate):
@@ -210,13 +222,22 @@ def _pinned(a: jax.Array, b: jax.Array, gathered: Any) -> tuple[jax.Array, jax.A
 
 
 def _low_rank_forward(x, a, b, scale, gathered):
-    # The scale goes to the narrow sides, so that a device can add the product up with the base's.
-    wide, out = _pinned(a.astype(x.dtype), b.astype(x.dtype), gathered)
-    h = contract("...I,IR->...R", x, wide) * scale.astype(x.dtype)
+    h, out = _narrow(x, a, b, scale, gathered)
     return contract("...R,RO->...O", h, out), (x, h, a, b, scale)
 
 
+def _narrow(x, a, b, scale, gathered):
+    # The scale goes to the narrow sides, so that a device can add the product up with the base's.
+    wide, out = _pinned(a.astype(x.dtype), b.astype(x.dtype), gathered)
+    return contract("...I,IR->...R", x, wide) * scale.astype(x.dtype), out
+
+
 def _low_rank_backward(gathered, residuals, dy):
+    dh, wide, da, db = _pair_gradients(gathered, residuals, dy)
+    return contract("...R,IR->...I", dh, wide), da, db, None
+
+
+def _pair_gradients(gathered, residuals, dy):
     # Contractions over tokens: autodiff's (dy^T h)^T makes XLA transpose the large dy instead
     # (1.5 to 1.7 times slower steps on a CPU, equal losses).
     x, h, a, b, scale = residuals
@@ -228,8 +249,31 @@ def _low_rank_backward(gathered, residuals, dy):
     # 16-bit factors has no kernel for it at all.
     da = jax.lax.optimization_barrier(da).T
     da, db = _pinned(da, db, gathered)
-    dx = contract("...R,IR->...I", dh, wide)
-    return dx, da.astype(a.dtype), db.astype(b.dtype), None
+    return dh, wide, da.astype(a.dtype), db.astype(b.dtype)
 
 
 _low_rank_matmul.defvjp(_low_rank_forward, _low_rank_backward)
+
+
+def _together(x, w: LoraArray) -> bool:
+    """Whether base and pair are multiplied in one sum: by a TPU kernel, else XLA does as well."""
+    return w.a.ndim == 2 and multiplies(x, w.base, w.a.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _joint_matmul(x, weight, a, b, scale, gathered):
+    return _joint_forward(x, weight, a, b, scale, gathered)[0]
+
+
+def _joint_forward(x, weight, a, b, scale, gathered):
+    pair = _narrow(x, a, b, scale, gathered)
+    return multiply(x, weight, pair), (weight, (x, pair[0], a, b, scale))
+
+
+def _joint_backward(gathered, residuals, dy):
+    weight, of_pair = residuals
+    dh, wide, da, db = _pair_gradients(gathered, of_pair, dy)
+    return multiply(dy, weight, (dh, wide), turned=True), None, da, db, None
+
+
+_joint_matmul.defvjp(_joint_forward, _joint_backward)

@@ -12,7 +12,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from jaxlora.core.errors import UserError, did_you_mean
-from jaxlora.ops import dequantize_tpu, integer, nf4
+from jaxlora.ops import dequantize_tpu, integer, nf4, product_tpu
 from jaxlora.ops.arrays import CODED, DoubleQuantized, QuantizedArray
 
 FORMATS = ("int4", "nf4", "int8")
@@ -134,16 +134,52 @@ def _as_stored(matrix: jax.Array) -> jax.Array:
 
 
 def _by_kernel(leaf: Any) -> Float[Array, "I O"]:
-    coded = leaf.format in CODED
     return dequantize_tpu.dequantize(
         leaf.values,
-        nf4.scales_by_input(leaf.scales) if coded else leaf.scales,
+        _scales_for_kernel(leaf),
         leaf.dtype,
-        table=nf4.TABLES[leaf.format] if coded else None,
+        table=nf4.TABLES.get(leaf.format),
         # The compiler cannot split a kernel: each device of a mesh is given its own part.
         sharding=None if leaf.gathered is None else leaf.gathered[0],
         interpret=leaf.kernel == "interpret",
     )
+
+
+def _scales_for_kernel(leaf: Any) -> Float[Array, "groups O"]:
+    return nf4.scales_by_input(leaf.scales) if leaf.format in CODED else leaf.scales
+
+
+def multiplies(x: Float[Array, "*batch I"], quantized: QuantizedArray, rank: int = 0) -> bool:
+    """Returns whether `multiply` serves for an input, or a gradient, and a pair of a rank."""
+    groups = dequantize_tpu.groups_of(quantized) if quantized.product else None
+    if groups is None or quantized.ndim != 2:
+        return False
+    if not x.dtype == jnp.dtype(quantized.dtype) == jnp.bfloat16:
+        return False
+    shape, tokens = quantized.shape, math.prod(x.shape[:-1])
+    return product_tpu.serves(tokens, (shape[0], shape[1]), shape[0] // groups, rank)
+
+
+def multiply(
+    x: Float[Array, "*batch I"],
+    quantized: QuantizedArray,
+    pair: tuple[Float[Array, "*batch R"], Float[Array, "..."]] | None = None,
+    *,
+    turned: bool = False,
+) -> Float[Array, "*batch O"]:
+    """Returns ``x @ W + h @ b`` by a kernel that unpacks W as it multiplies, see `product_tpu`."""
+    leaf: Any = jax.tree.map(jnp.asarray, quantized)
+    flat = x.reshape(-1, x.shape[-1])
+    y = product_tpu.product(
+        flat,
+        leaf.values,
+        _scales_for_kernel(leaf),
+        None if pair is None else (pair[0].reshape(len(flat), -1), pair[1]),
+        table=nf4.TABLES.get(leaf.format),
+        turned=turned,
+        interpret=leaf.kernel == "interpret",
+    )
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def gather(quantized: QuantizedArray) -> QuantizedArray:

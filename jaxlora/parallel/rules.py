@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxlora.core import axes
-from jaxlora.ops import dequantize_tpu, integer, nf4
+from jaxlora.ops import dequantize_tpu, integer, nf4, product_tpu
 from jaxlora.ops.arrays import CODED, DoubleQuantized, QuantizedArray
 from jaxlora.ops.layout import partition, ways
 from jaxlora.parallel import processes
@@ -35,6 +35,7 @@ class Placement:
 
     def __init__(self, mesh: Mesh, put: Callable[[Any, NamedSharding], Any] | None = None):
         self.mesh = mesh
+        self.chip = mesh.devices.flat[0].device_kind
         self._to = put or place
 
     def sharding(self, logical: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
@@ -56,7 +57,9 @@ class Placement:
         lead = (None,) if stacked else ()
         if not isinstance(leaf, QuantizedArray):
             return self._put(leaf, (*lead, *logical))
-        kernel = self.kernel_for(leaf, logical, self.mesh.devices.flat[0].device_kind)
+        kernel = self.kernel_for(leaf, logical, self.chip)
+        # The compiler cannot split the kernel of a product as it splits the product.
+        product = bool(kernel) and self.mesh.size == 1 and product_tpu.earns(self.chip)
         # Coded formats keep bitsandbytes' [out, in] order; scales and values split alike.
         coded = leaf.format in CODED
         stored = (*logical[:-2], logical[-1], logical[-2]) if coded else tuple(logical)
@@ -92,7 +95,15 @@ class Placement:
                 )
             )
         return QuantizedArray(
-            values, scales, leaf.format, leaf.dtype, gathered, zeros, groups, kernel=kernel
+            values,
+            scales,
+            leaf.format,
+            leaf.dtype,
+            gathered,
+            zeros,
+            groups,
+            kernel=kernel,
+            product=product,
         )
 
     def kernel_for(self, leaf: QuantizedArray, logical: Sequence[str | None], chip: str) -> str:

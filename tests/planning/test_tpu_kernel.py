@@ -49,6 +49,8 @@ def test_each_device_unpacks_what_it_gathered_in_4_bits(tmp_path):
     made = plan(config, parse("v6e:2x2"), hlo=tmp_path / "step.hlo")
     text = (tmp_path / "step.hlo").read_text()
     unpacked = [line for line in text.splitlines() if "look_up" in line and "custom-call(" in line]
+    # What each device multiplies with is the compiler's to split: no kernel of a product.
+    assert not any("product" in line for line in unpacked)
     # Seven matrices forward and again backward, split over `tensor` one way or the other.
     assert len(unpacked) >= 2 * 7
     assert any(f"bf16[{WIDTH},{HIDDEN // 2}]" in line for line in unpacked)
