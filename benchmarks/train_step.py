@@ -5,11 +5,13 @@
 Every learner is a process of its own: the same Llama of random weights, the same adapter, the same
 rows of full length. They take turns (A B A B ...) and wait for each other; ratios are taken pair by
 pair. Nothing is reported unless the first losses agree. Writes
-`benchmarks/results/<date>-train-step.json` and the table, also into benchmarks/README.md.
+`benchmarks/results/<date>-train-step.json` and the table, also into benchmarks/README.md; cells
+that are not measured stay as this day's file has them, each with the commit it was measured at.
 """
 
 import argparse
 import datetime
+import json
 import statistics
 import sys
 import tempfile
@@ -121,11 +123,12 @@ def write_readme(result: dict[str, Any], readme: Path = README) -> None:
     """Puts the table between the marks in the README of the benchmarks."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     loads = [result[when]["load_average"][0] for when in ("load_before", "load_after")]
+    commits = dict.fromkeys(cell["commit"] for cell in result["cells"].values())
     facts = (
         f"- {result['date']}; hardware: {result['hardware']}; load average before {loads[0]}, "
         f"after {loads[1]}",
         f"- versions: {versions}",
-        f"- commit: {result['commit']}; command: `{result['command']}`",
+        f"- commits: {', '.join(commits)}; last command: `{result['command']}`",
     )
     before, rest = readme.read_text().split(BEGIN)
     after = rest.split(END)[1]
@@ -152,8 +155,12 @@ def main() -> None:
         },
         "cells": {},
     }
+    before = machine.RESULTS / f"{result['date']}-train-step.json"
+    if before.exists():
+        result["cells"] = json.loads(before.read_text())["cells"]
     for name in options.cells:
-        result["cells"][name] = measure(CELLS[name], options.rounds, options.turn)
+        measured = measure(CELLS[name], options.rounds, options.turn)
+        result["cells"][name] = measured | {"commit": result["commit"]}
         print(f"{name}: {result['cells'][name]['ratio']}", flush=True)
     result["load_after"] = machine.load_now()
     if not options.no_write:

@@ -1,22 +1,51 @@
 """Activation functions by the names Hugging Face configs use."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
+Activation = Callable[[jax.Array], jax.Array]
+
+
+def _rounded_once(function: Activation) -> Activation:
+    """The function in float32 whatever its input is, as torch computes it.
+
+    In 16 bits each of its steps would be rounded. The gradient keeps the input alone.
+    """
+
+    @jax.custom_vjp
+    def rounded(x):
+        return function(x.astype(jnp.float32)).astype(x.dtype)
+
+    def backward(x, dy):
+        _, pull = jax.vjp(function, x.astype(jnp.float32))
+        return (pull(dy.astype(jnp.float32))[0].astype(x.dtype),)
+
+    rounded.defvjp(lambda x: (rounded(x), x), backward)
+
+    @wraps(function)
+    def activation(x):
+        return function(x) if x.dtype == jnp.float32 else rounded(x)
+
+    return activation
+
+
+_SILU = _rounded_once(jax.nn.silu)
+_GELU_BY_TANH = _rounded_once(partial(jax.nn.gelu, approximate=True))
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": _SILU,
+    "swish": _SILU,
     "relu": jax.nn.relu,
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
-    "tanh": jnp.tanh,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_new": partial(jax.nn.gelu, approximate=True),
-    "gelu_fast": partial(jax.nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+    "tanh": _rounded_once(jnp.tanh),
+    "gelu": _rounded_once(partial(jax.nn.gelu, approximate=False)),
+    "gelu_new": _GELU_BY_TANH,
+    "gelu_fast": _GELU_BY_TANH,
+    "gelu_pytorch_tanh": _GELU_BY_TANH,
 }
 
 

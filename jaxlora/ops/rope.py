@@ -1,8 +1,10 @@
 """Rotary position embedding (RoFormer, Su et al. 2021) and the scalings that stretch it."""
 
 import dataclasses
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -137,7 +139,28 @@ def rotate(
     Pairs are ``(i, i + R/2)`` (Hugging Face's LLaMA) or, interleaved, ``(2i, 2i + 1)``, within the
     first R channels, R being twice the number of angles; the other channels pass.
     """
-    cos, sin = (angle.astype(x.dtype) for angle in angles)
+    return _rotate(x, *angles, interleaved)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _rotate(x, cos, sin, interleaved):
+    return _turn(x, cos.astype(x.dtype), sin.astype(x.dtype), interleaved)
+
+
+def _rotate_forward(x, cos, sin, interleaved):
+    return _rotate(x, cos, sin, interleaved), (cos, sin)
+
+
+def _rotate_backward(interleaved, angles, dy):
+    # Turned back in float32 and rounded once. Angles are those of positions: nothing trains them.
+    cos, sin = angles
+    return _turn(dy.astype(jnp.float32), cos, -sin, interleaved).astype(dy.dtype), None, None
+
+
+_rotate.defvjp(_rotate_forward, _rotate_backward)
+
+
+def _turn(x, cos, sin, interleaved):
     half = cos.shape[-1]
     turned, rest = x[..., : 2 * half], x[..., 2 * half :]
     if interleaved:
