@@ -45,7 +45,10 @@ def test_the_readme_has_the_latest_table_and_nothing_else_changes(tmp_path):
     load = {"load_average": [0.5, 0.5, 0.5]}
     result = {"date": "2026-11-26", "hardware": "a CPU", "versions": {"jax": "1"}, "commit": "c0"}
     result |= {"command": "python x", "load_before": load, "load_after": load}
-    result |= {"measured_peak_flops": {"float32": 10**12}, "cells": {"tiny": found | {"commit": "c0"}}}
+    result |= {
+        "measured_peak_flops": {"float32": 10**12},
+        "cells": {"tiny": found | {"commit": "c0"}},
+    }
     readme = tmp_path / "README.md"
     readme.write_text(f"above\n{train_step.BEGIN}\nold\n{train_step.END}\nbelow\n")
     for _ in range(2):
