@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -74,3 +75,22 @@ def test_angles_of_bfloat16_models_are_computed_in_float32(position):
     np.testing.assert_allclose(sin[0, 0, 0, 0], np.sin(position), atol=1e-4)
     x = jnp.ones((1, 1, 1, 4), jnp.bfloat16)
     assert rotated(x, jnp.array([[position]])).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_the_gradient_turns_back_and_rounds_once(interleaved):
+    angles = rope_angles(jnp.arange(5)[None], 8, 1e4)
+    x, dy = (jax.random.normal(jax.random.key(seed), (1, 5, 2, 12)) for seed in (0, 1))
+
+    def gradient(x, dy):
+        return jax.vjp(lambda x: rotate(x, angles, interleaved=interleaved), x)[1](dy)[0]
+
+    # The transposed rotation, one column for each channel turned by itself.
+    each = jnp.eye(12)[None, None].repeat(5, 1)
+    columns = rotate(each, angles, interleaved=interleaved)
+    np.testing.assert_allclose(
+        gradient(x, dy), jnp.einsum("btno,btio->btni", dy, columns), atol=1e-6
+    )
+    half = dy.astype(jnp.bfloat16)
+    exact = gradient(x, half.astype(jnp.float32)).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(gradient(x.astype(jnp.bfloat16), half), exact)
