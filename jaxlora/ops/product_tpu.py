@@ -88,7 +88,7 @@ def product(
     from jax.experimental import pallas as pl  # slow to import
     from jax.experimental.pallas import tpu as pltpu
 
-    group = values.shape[0] // scales.shape[0]
+    group, coded = values.shape[0] // scales.shape[0], table is not None
     block = block_of((values.shape[0], values.shape[1]), group)
     assert block is not None, (values.shape, group)
     summed, kept = (1, 0) if turned else (0, 1)  # axes of the matrix
@@ -111,9 +111,7 @@ def product(
         else:
             in_specs.append(pl.BlockSpec((rank, block[kept]), lambda i, j, k: (0, j)))
     return pl.pallas_call(
-        functools.partial(
-            _add_up, steps=steps, group=group, coded=table is not None, turned=turned
-        ),
+        functools.partial(_add_up, steps=steps, group=group, coded=coded, turned=turned),
         grid=(pl.cdiv(x.shape[0], high), values.shape[kept] // block[kept], steps),
         in_specs=in_specs,
         out_specs=pl.BlockSpec((high, block[kept]), lambda i, j, k: (i, j)),
@@ -124,7 +122,7 @@ def product(
             vmem_limit_bytes=_FAST_MEMORY,
         ),
         interpret=interpret,
-        name=_name(table is not None, turned),
+        name=_name(coded, turned),
     )(x, values, scales.astype(jnp.float32), lanes_of(table), *(pair or ()))
 
 

@@ -1,5 +1,6 @@
 """Where arrays live: parameters, adapters and batches on the devices of a mesh."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,8 +36,12 @@ class Placement:
 
     def __init__(self, mesh: Mesh, put: Callable[[Any, NamedSharding], Any] | None = None):
         self.mesh = mesh
-        self.chip = mesh.devices.flat[0].device_kind
         self._to = put or place
+
+    @functools.cached_property
+    def chip(self) -> str:
+        """The kind of its devices."""
+        return self.mesh.devices.flat[0].device_kind
 
     def sharding(self, logical: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
         """Returns the sharding of an array with these logical axes."""
@@ -94,17 +99,8 @@ class Placement:
                     (kept if leaf.groups is None else per_group, _block_scales(scales)),
                 )
             )
-        return QuantizedArray(
-            values,
-            scales,
-            leaf.format,
-            leaf.dtype,
-            gathered,
-            zeros,
-            groups,
-            kernel=kernel,
-            product=product,
-        )
+        put_there = (values, scales, leaf.format, leaf.dtype, gathered, zeros, groups)
+        return QuantizedArray(*put_there, kernel=kernel, product=product)
 
     def kernel_for(self, leaf: QuantizedArray, logical: Sequence[str | None], chip: str) -> str:
         """Returns what dequantizes a leaf on a kind of device, see `QuantizedArray.kernel`."""
