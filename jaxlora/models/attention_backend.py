@@ -13,7 +13,7 @@ from jaxlora.ops.attention_chunked import chunked_attention
 from jaxlora.ops.attention_cudnn import CudnnAttention
 from jaxlora.ops.attention_splash import SplashAttention
 
-# From here on chunks are faster on a CPU, up to four times (benchmarks/LOG.md), and always leaner.
+# Here chunks are level on a CPU, from there on faster, up to four times (benchmarks/LOG.md).
 _CPU_CHUNKED_FROM = 64
 # A GPU or TPU without a kernel for the model: larger products, fewer turns of the loop.
 _DEVICE_CHUNK = 256

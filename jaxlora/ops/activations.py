@@ -11,7 +11,7 @@ Activation = Callable[[jax.Array], jax.Array]
 
 
 def _rounded_once(function: Activation) -> Activation:
-    """The function in float32 whatever its input is, as torch computes it.
+    """The function of a 16-bit input in float32, as torch computes it.
 
     In 16 bits each of its steps would be rounded. The gradient keeps the input alone.
     """
@@ -28,13 +28,13 @@ def _rounded_once(function: Activation) -> Activation:
 
     @wraps(function)
     def activation(x):
-        return function(x) if x.dtype == jnp.float32 else rounded(x)
+        return rounded(x) if x.dtype.itemsize < 4 else function(x)
 
     return activation
 
 
 _SILU = _rounded_once(jax.nn.silu)
-_GELU_BY_TANH = _rounded_once(partial(jax.nn.gelu, approximate=True))
+_GELU_BY_TANH = partial(jax.nn.gelu, approximate=True)
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": _SILU,
@@ -43,9 +43,10 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "tanh": _rounded_once(jnp.tanh),
     "gelu": _rounded_once(partial(jax.nn.gelu, approximate=False)),
+    # transformers has these two as Python expressions, which round at each step.
     "gelu_new": _GELU_BY_TANH,
     "gelu_fast": _GELU_BY_TANH,
-    "gelu_pytorch_tanh": _GELU_BY_TANH,
+    "gelu_pytorch_tanh": _rounded_once(_GELU_BY_TANH),
 }
 
 

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def tokens_per_chunk(vocab_size: int, platform: str = "gpu") -> int:
+def tokens_per_chunk(vocab_size: int, platform: str) -> int:
     """Returns how many tokens have their float32 logits in memory at once.
 
     256 MiB of them, on a CPU 64: no slower there (benchmarks/LOG.md).
 
-    >>> tokens_per_chunk(128_256), tokens_per_chunk(32_000), tokens_per_chunk(32_000, "cpu")
-    (512, 1024, 512)
+    >>> tokens_per_chunk(32_000, "gpu"), tokens_per_chunk(32_000, "cpu")
+    (1024, 512)
     """
     logits = 2**24 if platform == "cpu" else 2**26
     return max(64, min(1024, logits // vocab_size // 64 * 64))

@@ -154,7 +154,8 @@ def _rotate_forward(x, cos, sin, interleaved):
 def _rotate_backward(interleaved, angles, dy):
     # Turned back in float32 and rounded once. Angles are those of positions: nothing trains them.
     cos, sin = angles
-    return _turn(dy.astype(jnp.float32), cos, -sin, interleaved).astype(dy.dtype), None, None
+    wide = dy.astype(jnp.promote_types(dy.dtype, jnp.float32))
+    return _turn(wide, cos, -sin, interleaved).astype(dy.dtype), None, None
 
 
 _rotate.defvjp(_rotate_forward, _rotate_backward)

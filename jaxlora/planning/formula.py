@@ -95,7 +95,8 @@ def _workspace(program: Program) -> float:
     cfg = program.shape.cfg
     tokens, number, split, rows = _sizes(program)
     stream, attention, wide = _widths(program)
-    chunk = min(max(tokens_per_chunk(cfg.vocab_size), rows), tokens)
+    # Of a GPU or TPU; a CPU's are smaller, and counted for more than they are.
+    chunk = min(max(tokens_per_chunk(cfg.vocab_size, "gpu"), rows), tokens)
     loss = _LOGIT_COPIES * 4.0 * chunk * cfg.vocab_size / split + 3 * tokens * stream * number
     layer = _LAYER_COPIES * tokens * number * (stream + attention + wide)
     return max(loss, layer + _unpacked(program)) + _head(program, chunk)

@@ -8,7 +8,7 @@ import pytest
 from jaxlora.ops.activations import ACTIVATIONS
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS.keys() - {"gelu_new", "gelu_fast"}))
 def test_sixteen_bits_are_rounded_once(name):
     activation = jax.jit(jax.vmap(jax.value_and_grad(ACTIVATIONS[name])))
     x = jnp.linspace(-6, 6, 1001).astype(jnp.bfloat16)
