@@ -12,6 +12,9 @@ import numpy as np
 
 # Elements worked on at once by a thread: the float32 temporaries stay in the second-level cache.
 CHUNK_ELEMENTS = 1 << 17
+# Elements from which compiling a program for a matrix pays: a model that has such has some dozen.
+_WORTH_COMPILING = 1 << 21
+_COMPILED_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def split(rows: int, row_elements: int, multiple: int) -> list[tuple[int, int]]:
@@ -39,6 +42,27 @@ def for_each(work: Callable[[int, int], None], ranges: list[tuple[int, int]]) ->
 
     with ThreadPoolExecutor(max(1, min(len(ranges), os.cpu_count() or 1))) as pool:
         list(pool.map(quiet, ranges))
+
+
+def for_each_compiled(work: Callable[[int, int], None], ranges: list[tuple[int, int]]) -> None:
+    """`for_each` of work by a jitted function: compiled once, and not in every thread."""
+    for_each(work, ranges[:1])
+    for_each(work, ranges[1:])
+
+
+def equal_pieces(size: int, piece: int) -> list[int]:
+    """Returns where pieces of one length start; the last one begins within the one before it.
+
+    >>> equal_pieces(10, 4), equal_pieces(8, 4)
+    ([0, 4, 6], [0, 4])
+    """
+    return [*range(0, size - piece, piece), size - piece]
+
+
+def worth_compiling(matrix: np.ndarray) -> bool:
+    """Returns whether a matrix is large enough for an XLA program, and a CPU can run it."""
+    large = matrix.size >= _WORTH_COMPILING and matrix.dtype.name in _COMPILED_DTYPES
+    return large and host_device() is not None
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxlora.ops.chunks import for_each, host_device
+from jaxlora.ops.chunks import equal_pieces, for_each_compiled, host_device, worth_compiling
 
 # Fractions of a group's largest magnitude tried as its range. On normal data 8 of them come within
 # 0.5 % of the error that 24 reach; below 0.65 nothing wins but in groups with one far outlier.
@@ -19,9 +19,6 @@ _SMALLEST_PEAK = np.float32(1e-37)
 
 # What XLA's program is given at once, and compiled for: inputs and outputs.
 _ROWS, _COLUMNS = 1024, 512
-# Elements from which a matrix is given to it: a model that has such matrices has some dozen.
-_MANY = 1 << 21
-_COMPILED_DTYPES = ("float32", "bfloat16", "float16")
 # XLA reads numbers below 1.2e-38 as zero. Between these peaks that changes no code.
 _SAFE = np.float32(1e-30), np.float32(1e37)
 
@@ -60,14 +57,8 @@ def _round(steps: np.ndarray, *, out: np.ndarray) -> np.ndarray:
 def are_many(weight: np.ndarray, group: int) -> bool:
     """Returns whether `search_many` is for the groups of a matrix ``[in, out]``."""
     in_dim, out_dim = weight.shape
-    return (
-        weight.size >= _MANY
-        and _ROWS % group == 0
-        and in_dim >= _ROWS
-        and out_dim >= _COLUMNS
-        and weight.dtype.name in _COMPILED_DTYPES
-        and host_device() is not None
-    )
+    a_piece = _ROWS % group == 0 and in_dim >= _ROWS and out_dim >= _COLUMNS
+    return a_piece and worth_compiling(weight)
 
 
 def search_many(
@@ -77,7 +68,7 @@ def search_many(
 ) -> None:
     """Fills `values` and `scales` on all cores."""
     (in_dim, out_dim), group = weight.shape, len(weight) // len(scales)
-    down, across = _starts(in_dim, _ROWS), _starts(out_dim, _COLUMNS)
+    down, across = equal_pieces(in_dim, _ROWS), equal_pieces(out_dim, _COLUMNS)
     corners = [(row, column) for row in down for column in across]
 
     def work(start: int, stop: int) -> None:
@@ -86,14 +77,7 @@ def search_many(
             groups = slice(row // group, (row + _ROWS) // group), box[1]
             values[box], scales[groups] = _searched(weight[box], group)
 
-    ranges = [(number, number + 1) for number in range(len(corners))]
-    for_each(work, ranges[:1])  # compiles, once and not in every thread
-    for_each(work, ranges[1:])
-
-
-def _starts(size: int, piece: int) -> list[int]:
-    """Where pieces of one length start; the last one begins within the one before it."""
-    return [*range(0, size - piece, piece), size - piece]
+    for_each_compiled(work, [(number, number + 1) for number in range(len(corners))])
 
 
 def _searched(piece: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:

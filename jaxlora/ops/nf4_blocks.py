@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
-from jaxlora.ops.chunks import for_each, host_device
+from jaxlora.ops.chunks import equal_pieces, for_each_compiled, host_device, worth_compiling
 
 BLOCK = 64
 
@@ -40,9 +40,6 @@ _SMALLEST_ABSMAX = np.float32(1e-38)
 
 # Blocks that XLA's program is given at once: fewer, and the calls count; it is compiled for these.
 _PIECE = 1 << 14
-# Blocks from which a matrix is given to it: a model that has such matrices has some dozen.
-_MANY = 1 << 15
-_COMPILED_DTYPES = ("float32", "bfloat16", "float16")
 # XLA reads numbers below 1.2e-38 as zero. Between these magnitudes neither the reciprocal nor any
 # number that could have another code than zero is as small.
 _SAFE = np.float32(1e-36), np.float32(1e37)
@@ -72,13 +69,8 @@ def quantize_blocks(
 
 def are_many(matrix: np.ndarray) -> bool:
     """Returns whether `quantize_many` is for the blocks of a matrix."""
-    return (
-        matrix.size >= _MANY * BLOCK
-        and matrix.size % BLOCK == 0
-        and matrix.flags.c_contiguous
-        and matrix.dtype.name in _COMPILED_DTYPES
-        and host_device() is not None
-    )
+    whole = matrix.size % BLOCK == 0 and matrix.flags.c_contiguous
+    return whole and worth_compiling(matrix)
 
 
 def quantize_many(
@@ -101,11 +93,8 @@ def quantize_many(
             codes[unsafe] = again.reshape(-1, BLOCK // 2)
         packed[start:stop], absmax[start:stop] = codes, largest
 
-    # All of one length: the last begins within the one before it.
-    starts = [*range(0, len(blocks) - _PIECE, _PIECE), len(blocks) - _PIECE]
-    ranges = [(start, start + _PIECE) for start in starts]
-    for_each(work, ranges[:1])  # compiles, once and not in every thread
-    for_each(work, ranges[1:])
+    starts = equal_pieces(len(blocks), _PIECE)
+    for_each_compiled(work, [(start, start + _PIECE) for start in starts])
 
 
 @jax.jit

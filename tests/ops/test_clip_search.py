@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxlora.core.errors import UserError
-from jaxlora.ops import clip_search
+from jaxlora.ops import chunks, clip_search
 from jaxlora.ops.quantize import quantize
 
 
@@ -13,7 +13,7 @@ from jaxlora.ops.quantize import quantize
 def small_pieces(monkeypatch):
     monkeypatch.setattr(clip_search, "_ROWS", 128)
     monkeypatch.setattr(clip_search, "_COLUMNS", 8)
-    monkeypatch.setattr(clip_search, "_MANY", 1024)
+    monkeypatch.setattr(chunks, "_WORTH_COMPILING", 1024)
 
 
 def both(weight, monkeypatch, **options):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxlora.core.errors import UserError
-from jaxlora.ops import nf4_blocks
+from jaxlora.ops import chunks, nf4_blocks
 from jaxlora.ops.quantize import quantize
 
 DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16]
@@ -14,7 +14,7 @@ DTYPES = [np.float32, ml_dtypes.bfloat16, np.float16]
 @pytest.fixture
 def small_pieces(monkeypatch):
     monkeypatch.setattr(nf4_blocks, "_PIECE", 64)
-    monkeypatch.setattr(nf4_blocks, "_MANY", 64)
+    monkeypatch.setattr(chunks, "_WORTH_COMPILING", 64 * nf4_blocks.BLOCK)
 
 
 def numbers(blocks, dtype):

@@ -5,7 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from jaxlora.ops import nf4, nf4_blocks
+from jaxlora.ops import chunks, nf4, nf4_blocks
 from jaxlora.ops.quantize import dequantize, quantize
 
 torch = pytest.importorskip("torch")
@@ -112,7 +112,7 @@ def test_nf4_equals_bitsandbytes_at_every_magnitude(shape, dtype, scale, double_
 @pytest.mark.parametrize("scale", [1e-38, 1e-36, 1e-30, 1e-7, 1, 1e4, 1e30, 1e37])
 def test_compiled_nf4_equals_bitsandbytes_at_every_magnitude(dtype, scale, monkeypatch):
     monkeypatch.setattr(nf4_blocks, "_PIECE", 64)
-    monkeypatch.setattr(nf4_blocks, "_MANY", 64)
+    monkeypatch.setattr(chunks, "_WORTH_COMPILING", 64 * nf4_blocks.BLOCK)
     if torch.tensor(4.5 * scale, dtype=dtype).isinf():
         pytest.skip("beyond the dtype")
     check_nf4(random_weight((75, 128), dtype=dtype, scale=scale), double_quant=False, read=False)
@@ -135,7 +135,7 @@ def test_nf4_bytes_equal_bitsandbytes_below_normal_float32(shape, double_quant):
 def test_nf4_ties_equal_bitsandbytes(compiled, monkeypatch):
     if compiled:
         monkeypatch.setattr(nf4_blocks, "_PIECE", 4)
-        monkeypatch.setattr(nf4_blocks, "_MANY", 4)
+        monkeypatch.setattr(chunks, "_WORTH_COMPILING", 4 * nf4_blocks.BLOCK)
     boundaries = (nf4.CODEBOOK[:-1] + nf4.CODEBOOK[1:]) / np.float32(2)
     near = [np.nextafter(boundaries, np.float32(side), dtype=np.float32) for side in (-2, 2)]
     row = np.concatenate([[1.0], boundaries, *near, np.zeros(18)]).astype(np.float32)

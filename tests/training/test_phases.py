@@ -35,15 +35,21 @@ def test_time_belongs_to_the_innermost_phase_and_sums_to_what_passed(clocked):
     assert sum(phases.seconds().values()) == 14
 
 
-def test_the_first_call_compiles_and_later_ones_do_not(clocked):
+def test_the_first_call_compiles_and_later_ones_do_not(clocked, monkeypatch):
     phases, now = clocked
+    order = []
+    monkeypatch.setattr(
+        "jaxlora.training.phases.release_freed_blocks", lambda: order.append("gives")
+    )
 
     class Work:
         def __call__(self, seconds):
+            order.append("runs")
             now[0] += seconds
             return seconds
 
         def lower(self, seconds):
+            order.append("compiles")
             now[0] += 10
             return jax.jit(jnp.negative).lower(seconds)
 
@@ -51,6 +57,7 @@ def test_the_first_call_compiles_and_later_ones_do_not(clocked):
     with phases("step"):
         assert [step(5.0), step(1.0), step(2.0)] == [5.0, 1.0, 2.0]
     assert phases.seconds() == {"setup": 0, "step": 3, "compile": 15}
+    assert order == ["compiles", "gives", "runs", "runs", "runs"]
 
 
 def test_what_is_compiled_before_the_first_call_is_not_compiled_again():

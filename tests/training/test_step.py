@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jaxlora.ops.quantize import quantize
 from jaxlora.optim.optimizers import make_optimizer
 from jaxlora.parallel.mesh import make_mesh
 from jaxlora.parallel.rules import Placement
+from jaxlora.training import step as steps
 from jaxlora.training.state import init_optimizer
 from jaxlora.training.step import make_eval_step, make_train_step
 
@@ -244,3 +246,18 @@ def test_dropout_differs_between_steps_and_micro_batches_and_is_off_in_evaluatio
     assert first != loss_of(twice, 0)
     dropping, plain = make(dropout=0.5), make(dropout=0.0)
     assert dropping.loss(one) == plain.loss(one)
+
+
+def test_chunks_of_logits_are_those_of_the_devices(monkeypatch):
+    asked = []
+
+    def tokens_per_chunk(vocab, platform):
+        asked.append(platform)
+        return 8
+
+    monkeypatch.setattr(steps, "tokens_per_chunk", tokens_per_chunk)
+    sharding = SimpleNamespace(device_set=[SimpleNamespace(platform="tpu")], mesh=None)
+    placed = {"adapter": {}, "params": SimpleNamespace(sharding=sharding)}
+    for like in (None, placed):
+        make_eval_step(Transformer(CFG), {}, like)
+    assert asked == ["cpu", "tpu"]
