@@ -68,7 +68,8 @@ def table(result: dict[str, Any]) -> str:
         (rows, tokens, heads, channels), once, chunks = cell["shape"], *(cell[way] for way in WAYS)
         lines.append(
             f"| {rows} x {tokens}, {heads} of {channels} | {cell['dtype']} | "
-            f"{once['cpu_ms']:.1f} | {chunks['cpu_ms']:.1f} | {once['cpu_ms'] / chunks['cpu_ms']:.1f} | "
+            f"{once['cpu_ms']:.1f} | {chunks['cpu_ms']:.1f} | "
+            f"{once['cpu_ms'] / chunks['cpu_ms']:.1f} | "
             f"{once['compile_cpu_s']:.1f}, {chunks['compile_cpu_s']:.1f} |"
         )
     return "\n".join(lines)
